@@ -1,0 +1,143 @@
+"""Scores: COCO AP of a detector, precision and recall of its boxes, the pseudo-label threshold.
+
+Every process detects on its share of the images; rank 0 scores with pycocotools (the reference implementation) and all
+ranks get the same numbers. AP is COCO's: mean over IoU 0.5:0.05:0.95 and classes, in 0..1, -1 where undefined.
+"""
+import contextlib
+import io
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import data
+import ops
+import util
+
+METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCOeval's order
+
+
+def normalise(images, device):
+    """uint8 (B, 3, H, W) from the loader -> float32 on the device, ImageNet mean and std, channels_last."""
+    x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float()
+    mean = torch.tensor([123.675, 116.28, 103.53], device=device).view(1, 3, 1, 1)
+    std = torch.tensor([58.395, 57.12, 57.375], device=device).view(1, 3, 1, 1)
+    return (x - mean) / std
+
+
+@torch.no_grad()
+def detections(model, anchors, source, index, size, batch, device, dtype, workers=0, min_score=0.05):
+    """Detects on images source[index]; yields (i, {"boxes" (n, 4) in the file's pixels, "scores", "labels", "size"})
+    as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode."""
+    model.eval()
+    done = 0
+    for rows in data.eval_loader(source, index, size, batch, workers):
+        window = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1)  # (B, 2) the unpadded part
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits, deltas = model(normalise(rows["images"], device))
+        found = ops.detect(logits, deltas, anchors, window.to(device), min_score=min_score)
+        bad = dict(rows["bad"])
+        for j in range(min(batch, len(index) - done)):  # the last batch is filled up with repeats
+            i = index[done + j]
+            if j in bad:
+                yield i, {"bad": bad[j]}
+                continue
+            h, w = rows["original"][j].tolist()
+            boxes = (found[j]["boxes"].cpu().numpy() / float(rows["scale"][j])).clip(0, [w, h, w, h])
+            yield i, {"boxes": boxes, "scores": found[j]["scores"].cpu().numpy(),
+                      "labels": found[j]["labels"].cpu().numpy(), "size": (h, w)}
+        done += batch
+
+
+def detect_all(model, anchors, source, size, batch, device, dtype, workers=0):
+    """detections() over a whole set, shared among the processes -> {i: detections} on every rank."""
+    rank, size_of_world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = list(range(rank, len(source), size_of_world))
+    found = dict(detections(model, anchors, source, mine, size, batch, device, dtype, workers))
+    if size_of_world > 1:
+        shares = [None] * size_of_world
+        dist.all_gather_object(shares, found)
+        found = {i: d for share in shares for i, d in share.items()}
+    return dict(sorted(found.items()))
+
+
+def coco_ap(annotation_file, detected, ids, class_ids):
+    """COCO AP. detected: {i: {"boxes" xyxy, "scores", "labels"}} over positions in ids -> {metric: float}.
+
+    ids: COCO image ids; class_ids: category id of each class. Without any detection all metrics are 0.
+    UserError when ids are not those of the annotation file.
+    """
+    truth = data.read_json(annotation_file, "annotation file")
+    known = {im["id"] for im in truth["images"]}
+    strange = [int(i) for i in ids if int(i) not in known]
+    if strange:
+        raise util.UserError(f"{annotation_file} lacks {len(strange)} of the scored image ids, first {strange[:3]}; "
+                             "score with the file the images came from")
+    for n, a in enumerate(truth["annotations"]):  # fields that COCOeval needs and simple exports leave out
+        a.setdefault("id", n + 1)
+        a.setdefault("iscrowd", 0)
+        a.setdefault("area", a["bbox"][2] * a["bbox"][3])
+    rows = [np.column_stack([np.full(len(d["scores"]), ids[i]), d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2],
+                             d["scores"], np.asarray(class_ids)[d["labels"]]])
+            for i, d in detected.items() if "bad" not in d and len(d["scores"])]
+    if not rows:
+        return dict.fromkeys(METRICS, 0.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        scorer = COCOeval(coco, coco.loadRes(np.concatenate(rows)), "bbox")
+        scorer.params.imgIds = sorted(int(i) for i in ids)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return {name: float(value) for name, value in zip(METRICS, scorer.stats)}
+
+
+def match_detections(detected, truth, min_iou=0.5):
+    """Greedy matching by score within image and class, as COCO does at one IoU.
+
+    detected: {i: detections} over positions in truth (Detections). Returns scores (n,), correct (n,) bool, and the
+    number of ground-truth boxes in those images (crowds left out).
+    """
+    scores, correct, boxes = [], [], 0
+    for i, d in detected.items():
+        target = truth.target(i)
+        real = ~target["crowd"]
+        boxes += int(real.sum())
+        if "bad" in d:
+            continue
+        iou = ops.box_iou(torch.from_numpy(np.asarray(d["boxes"], np.float32)),
+                          torch.from_numpy(target["boxes"][real])).numpy()
+        iou = np.where(d["labels"][:, None] == target["labels"][real][None], iou, 0)  # (n, M)
+        for j in np.argsort(-d["scores"], kind="stable"):
+            best = iou[j].argmax() if iou.shape[1] else 0
+            hit = bool(iou.shape[1] and iou[j, best] >= min_iou)
+            if hit:
+                iou[:, best] = 0  # each box is found once
+            scores.append(float(d["scores"][j]))
+            correct.append(hit)
+    return np.array(scores), np.array(correct, dtype=bool), boxes
+
+
+def precision_recall(scores, correct, boxes, thresholds):
+    """[{"threshold", "precision", "recall", "f1", "kept"}] for keeping the detections with score >= threshold."""
+    rows = []
+    for t in thresholds:
+        kept, hits = int((scores >= t).sum()), int(correct[scores >= t].sum())
+        precision, recall = hits / max(kept, 1), hits / max(boxes, 1)
+        rows.append({"threshold": round(float(t), 2), "precision": precision, "recall": recall,
+                     "f1": 2 * precision * recall / max(precision + recall, 1e-9), "kept": kept})
+    return rows
+
+
+THRESHOLDS = np.arange(0.05, 0.96, 0.05)
+
+
+def best_threshold(rows):
+    """The rule behind --threshold auto: the highest threshold among those with the best F1 on held-out labels.
+    F1 keeps about as many boxes as there are objects, which is what a student's targets should look like."""
+    top = max(row["f1"] for row in rows)
+    return max(row["threshold"] for row in rows if row["f1"] >= top - 1e-9)

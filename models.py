@@ -1,0 +1,135 @@
+"""RetinaNet (Lin et al. 2017) as Zoph et al. 2020 trained it: backbone -> FPN -> shared class and box towers.
+
+Facts from the TPU detection code (tensorflow/tpu, models/official/detection: heads.py, fpn.py): FPN with batch norm
+after P3-P7, towers whose convolutions are shared over levels while their batch norm is separate per level.
+norm="none" drops all of that and is torchvision's layout, so its COCO weights fit (see from_torchvision).
+
+The network only maps images to raw class logits and box deltas; losses and decoding are in ops.py.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones
+
+PRIOR = 0.01  # every anchor starts with this foreground probability: class bias -ln((1 - prior) / prior)
+
+
+def make_norm(kind, channels, eps=1e-3, momentum=0.01):
+    """bn: batch norm (eps 1e-3 as in the self-training configs); gn: group norm, where images do not see each other,
+    so that N processes equal one; none: nothing."""
+    if kind == "bn":
+        return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
+    if kind == "gn":
+        return nn.GroupNorm(max(1, min(32, channels // 8)), channels)
+    return nn.Identity()
+
+
+class FPN(nn.Module):
+    """Feature pyramid: {3: C3, 4: C4, 5: C5} -> [P3, ..., P7], each (B, width, H/2^l, W/2^l)."""
+
+    def __init__(self, channels, levels, width, norm):
+        super().__init__()
+        self.inputs = range(levels[0], min(levels[1], 5) + 1)
+        self.extras = range(6, levels[1] + 1)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels[l], width, 1) for l in self.inputs)
+        self.post = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.inputs)
+        self.down = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in self.extras)
+        self.norm = nn.ModuleList(make_norm(norm, width) for _ in [*self.inputs, *self.extras])
+        for conv in [*self.lateral, *self.post, *self.down]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, feats):
+        pyramid, above = [], None
+        for level, lateral, post in reversed(list(zip(self.inputs, self.lateral, self.post))):
+            here = lateral(feats[level])
+            if above is not None:  # nearest x2; interpolate to the size because odd maps round up
+                here = here + F.interpolate(above, size=here.shape[-2:], mode="nearest")
+            pyramid.insert(0, post(here))
+            above = here
+        for i, down in enumerate(self.down):  # P6 from P5, P7 from ReLU(P6)
+            pyramid.append(down(pyramid[-1] if i == 0 else F.relu(pyramid[-1])))
+        return [norm(p) for norm, p in zip(self.norm, pyramid)]
+
+
+class Tower(nn.Module):
+    """`depth` 3x3 convolutions shared over the levels, a norm per level, then the predicting convolution.
+    Forward: [P3..P7] -> (B, A, out), anchors in the order of ops.make_anchors."""
+
+    def __init__(self, width, depth, anchors, out, norm, levels, bias, final_std):
+        super().__init__()
+        self.out = out
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=norm == "none") for _ in range(depth))
+        self.norms = nn.ModuleList(nn.ModuleList(make_norm(norm, width) for _ in range(depth)) for _ in range(levels))
+        self.final = nn.Conv2d(width, anchors * out, 3, padding=1)
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=0.01)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.final.weight, std=final_std)
+        nn.init.constant_(self.final.bias, bias)
+
+    def forward(self, pyramid):
+        rows = []
+        for p, norms in zip(pyramid, self.norms):
+            for conv, norm in zip(self.convs, norms):
+                p = F.relu(norm(conv(p)), inplace=True)
+            p = self.final(p)  # (B, a*out, H, W)
+            rows.append(p.permute(0, 2, 3, 1).reshape(len(p), -1, self.out))  # (B, H*W*a, out)
+        return torch.cat(rows, 1)  # (B, A, out)
+
+
+class RetinaNet(nn.Module):
+    """images (B, 3, H, W), normalised -> class logits (B, A, K), box deltas (B, A, 4).
+
+    backbone: name in backbones.py; levels: first and last pyramid level; width, depth: of the towers (256 and 4 in
+    the papers; SpineNet-190 512 and 7); norm: bn | gn | none for FPN and towers; backbone_norm: bn | gn | frozen.
+    """
+
+    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=4, anchors=9, norm="bn", backbone_norm="bn"):
+        super().__init__()
+        self.backbone = backbones.build(backbone, backbone_norm)
+        self.fpn = FPN(self.backbone.channels, levels, width, norm)
+        n = levels[1] - levels[0] + 1
+        std = 0.01 if norm == "none" else 1e-5  # torchvision starts the class convolution at 0.01, the TPU code at 1e-5
+        self.classes = Tower(width, depth, anchors, classes, norm, n, -math.log((1 - PRIOR) / PRIOR), std)
+        self.boxes = Tower(width, depth, anchors, 4, norm, n, 0.0, std)
+
+    def forward(self, images):
+        pyramid = self.fpn(self.backbone(images))
+        return self.classes(pyramid), self.boxes(pyramid)
+
+
+def weight_decay_groups(model, decay):
+    """Decay on convolution and dense kernels only: neither norms nor biases (spec of the TPU code)."""
+    kernels = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+# torchvision.models.detection.retinanet_resnet50_fpn -> RetinaNet(norm="none", backbone_norm="frozen"), by key prefix
+TORCHVISION_KEYS = [
+    ("backbone.body.", "backbone."),
+    *[(f"backbone.fpn.inner_blocks.{i}.0.", f"fpn.lateral.{i}.") for i in range(3)],
+    *[(f"backbone.fpn.layer_blocks.{i}.0.", f"fpn.post.{i}.") for i in range(3)],
+    ("backbone.fpn.extra_blocks.p6.", "fpn.down.0."),
+    ("backbone.fpn.extra_blocks.p7.", "fpn.down.1."),
+    *[(f"head.classification_head.conv.{i}.0.", f"classes.convs.{i}.") for i in range(4)],
+    ("head.classification_head.cls_logits.", "classes.final."),
+    *[(f"head.regression_head.conv.{i}.0.", f"boxes.convs.{i}.") for i in range(4)],
+    ("head.regression_head.bbox_reg.", "boxes.final."),
+]
+
+
+def from_torchvision(state):
+    """torchvision's retinanet_resnet50_fpn state dict with our key names. KeyError on a key the table does not know."""
+    out = {}
+    for key, value in state.items():
+        old, new = next(((o, n) for o, n in TORCHVISION_KEYS if key.startswith(o)), (None, None))
+        if old is None:
+            raise KeyError(key)
+        out[new + key[len(old):]] = value
+    return out

@@ -1,0 +1,593 @@
+"""Self-training for object detection: teacher -> pseudo-labels -> student (Zoph et al. 2020, "Rethinking Pre-training
+and Self-training").
+
+    python st.py                                                    the embedded world, a few minutes on two cores
+    torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
+    python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
+    python st.py --mode eval   --ckpt runs/x/student --data coco --root COCO          score a checkpoint
+
+1. train a teacher on the labelled images          -> OUT/teacher/
+2. keep its confident boxes on unlabelled images   -> OUT/pseudo/pseudo.json (COCO, with scores)
+3. train a student on both, with the joint loss    -> OUT/student/
+and score both on the validation set               -> OUT/results.json, OUT/report.html
+Running the same command again resumes where it stopped, bit for bit on CPU.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import data
+import eval as evaluation
+import models
+import ops
+import show
+import util
+import world
+from util import UserError
+
+BACKBONES = [*backbones.RESNETS, *backbones.EFFICIENTNETS]
+
+
+@dataclass
+class Config:
+    mode: str = "run"
+    out: str = "runs/default"
+    seed: int = 0
+    data: str = "shapes"
+    root: str = "datasets/shapes"
+    labeled: float = 0.2
+    split: str = ""
+    unlabeled: str = ""
+    recipe: str = "tiny"
+    aug: str = "s4"
+    alpha: float = 1.0
+    threshold: str = None
+    student_init: str = "teacher"
+    rounds: int = 1
+    control: bool = False
+    backbone: str = None
+    init: str = "random"
+    norm: str = "bn"
+    ckpt: str = ""
+    image_size: int = None
+    batch: int = None
+    steps: int = None
+    student_steps: int = None
+    lr: float = None
+    optimizer: str = None
+    accumulate: int = 1
+    precision: str = "auto"
+    workers: int = 2
+    save_every: int = 0
+
+
+HELP = {
+    "what to do": {
+        "mode": "{run|train|pseudo|eval} run: the whole pipeline; train: the teacher only; pseudo: label --unlabeled "
+                "with --ckpt; eval: score --ckpt",
+        "out": "run directory; the same command resumes it",
+        "seed": "of initial weights, label split, image order and augmentation"},
+    "data": {
+        "data": "{shapes|coco} shapes: the embedded world; coco: COCO json files",
+        "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/",
+        "labeled": "fraction of the training images whose labels are used",
+        "split": "label split written by 'data.py split' instead of --labeled and --seed",
+        "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
+    "method": {
+        "recipe": "row of RECIPES: tiny (minutes on a CPU) or coco-r50 (the paper's); flags override its fields",
+        "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter)",
+        "alpha": "weight of the pseudo-labels in the joint loss",
+        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
+        "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
+        "rounds": "repetitions of teacher <- student",
+        "control": "also train on from the teacher without pseudo-labels, for the student's steps and images per step"},
+    "network": {
+        "backbone": "one of " + ", ".join(BACKBONES),
+        "init": "random, imagenet, or a checkpoint file for the backbone",
+        "norm": "{bn|gn} batch norm, or group norm (independent of how images are spread over processes)",
+        "ckpt": "checkpoint file or stage folder, for --mode pseudo and eval"},
+    "training": {
+        "image_size": "side of the square training canvas, a multiple of 32",
+        "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones",
+        "steps": "of the teacher", "student_steps": "of the student (and the control)",
+        "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
+        "optimizer": "{sgd|adamw} sgd: momentum 0.9",
+        "accumulate": "cut each step's batch into this many pieces: less memory, same result",
+        "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
+        "workers": "loader processes per training process",
+        "save_every": "steps between checkpoints (0: a tenth of the stage)"},
+}
+
+# One row per recipe. lr is for ref_batch images with human labels a step and scales with the batch.
+# coco-r50: the paper's set-up for EfficientNet-B7 (640 px, batch 256, lr 0.32, warm-up 0.0032 -> 0.32 in 1000 steps,
+# weight decay 1e-4: recalled from its Sec. 3), which its ResNet-50 of Table 4 shares; that table's own lr and length
+# are unknown, 120k steps is the paper's length for random init with S4. threshold 0.5: Sec. 3 (recalled).
+# tiny: ours. Objects of 14-60 px want small anchors, few steps want AdamW and quicker batch-norm averages.
+RECIPES = {
+    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=900, student_steps=900,
+                 optimizer="adamw", lr=2e-3, warmup=50, weight_decay=0.05, clip=10.0, threshold="auto",
+                 levels=(3, 6), width=64, depth=2, anchor_base=2.0, momentum=0.1),
+    "coco-r50": dict(backbone="resnet50", image_size=640, batch=256, ref_batch=256, steps=120_000, student_steps=120_000,
+                     optimizer="sgd", lr=0.32, warmup=1000, weight_decay=1e-4, clip=0.0, threshold="0.5",
+                     levels=(3, 7), width=256, depth=4, anchor_base=4.0, momentum=0.003),
+}
+BOX_WEIGHT = 50.0  # of the Huber loss next to the focal loss (TPU detection code)
+FLOOR = 0.05  # detections under this score are not even stored
+
+
+# ---- the algorithm -----------------------------------------------------------------------------------------------
+
+def lr_at(step, steps, peak, warmup):
+    """Linear warm-up from a hundredth of the peak, then a cosine to 0 (TPU code, modeling/learning_rates.py)."""
+    if step < warmup:
+        return peak * (0.01 + 0.99 * step / warmup)
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def assign(batch, anchors):
+    """What every anchor of a batch should answer -> matched (B, A) as from ops.match, classes (B, A) likewise but with
+    class indices, positives (2,): positive anchors under human and under pseudo labels, over all processes."""
+    matched = ops.match(anchors, batch["boxes"], batch["labels"] >= 0)
+    labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=-1)  # (B, M+1): gather needs a column if M is 0
+    classes = torch.where(matched >= 0, labels.gather(1, matched.clamp(min=0)), matched)
+    positives = torch.zeros(2, device=anchors.device).index_add(0, batch["part"], (matched >= 0).sum(1).float())
+    return matched, classes, util.all_sum(positives)
+
+
+def losses_of(logits, deltas, anchors, boxes, matched, classes, part, positives):
+    """Focal and weighted box loss of each image (B, 2), divided by the positives + 1 of its part of the *whole* step,
+    so that the pieces of a step, on any number of processes, add up to the same loss."""
+    focal = ops.focal_loss(logits, classes)
+    box = BOX_WEIGHT / 4 * ops.box_loss(deltas, boxes, anchors, matched)
+    return torch.stack([focal, box], 1) / (positives[part] + 1)[:, None]
+
+
+def train(folder, net, parts, counts, steps, c, run, log):
+    """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
+
+    parts: [human] or [human, pseudo] Detections; counts: images of each in a step, over all processes.
+    """
+    rank, ranks, device, dtype = run
+    anchors, optimizer, averages, start = anchors_for(c, device), make_optimizer(net, c), torch.zeros(3).double(), 0
+    if state := util.load_latest(folder):
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages, start = state["averages"], state["step"]
+    ddp = distribute(net, device, ranks)
+    loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"],
+                               c["seed"], c["workers"])
+    stop, meter, quarantine = util.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
+    net.train()
+    for step, batch in zip(range(start, steps), meter.timed(loader)):
+        if step == 0 and rank == 0:
+            show.batch_sheet(batch, parts[0].class_names, Path(folder) / "first_batch.png")
+        note_bad(folder, batch["bad"], quarantine, sum(map(len, parts)))
+        torch.manual_seed((c["seed"] * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
+        lr = lr_at(step, steps, scaled_lr(c), c["warmup"])
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        matched, classes, positives = assign(batch, anchors)
+        per_image = []
+        for k, rows in enumerate(torch.arange(len(matched), device=device).chunk(c["accumulate"])):
+            part = batch["part"][rows]
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits, deltas = ddp(evaluation.normalise(batch["images"][rows], device))  # (B, A, K), (B, A, 4)
+            each = losses_of(logits, deltas, anchors, batch["boxes"][rows], matched[rows], classes[rows], part, positives)
+            human, pseudo = each[part == 0].sum(), each[part == 1].sum()
+            loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"])
+            with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
+                (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
+            per_image.append(each.detach())
+        per_image = torch.cat(per_image)
+        total = torch.zeros(2, 2, device=device).index_add(0, batch["part"], per_image).flatten()
+        total = util.all_sum(torch.cat([total, total.new_tensor([float(stop.asked)])]))
+        cls_h, box_h, cls_p, box_p, stopping = total.tolist()  # the one place a step waits for the device
+        if not math.isfinite(cls_h + box_h + cls_p + box_p):
+            fail_nonfinite(folder, step, batch, per_image, rank)
+        if c["clip"]:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), c["clip"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        averages = ops.update_averages(averages, total[0:2].sum().cpu(), total[2:4].sum().cpu())
+        meter.step(step + 1, lr, cls_h, box_h, cls_p, box_p, averages, len(parts))
+        last = step + 1 == steps or stopping
+        if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
+            util.save_checkpoint(folder, {
+                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "step": step + 1,
+                "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
+                "class_ids": parts[0].class_ids, "class_names": parts[0].class_names})
+        if stopping:
+            log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
+            raise SystemExit(143)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def pseudo_label(folder, net, paths, c, run, log):
+    """Detects on the images `paths` and appends what it finds to folder/part_*.jsonl; images done before are skipped."""
+    rank, ranks, device, dtype = run
+    done = util.rank0_first(lambda: data.finished_images(folder, len(paths)))
+    todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
+    began, anchors = time.time(), anchors_for(c, device)
+    with open(Path(folder) / f"part_{rank}_of_{ranks}.jsonl", "a", buffering=1) as part:
+        for n, (i, d) in enumerate(evaluation.detections(net, anchors, paths, todo, c["image_size"], EVAL_BATCH, device,
+                                                         dtype, c["workers"], FLOOR)):
+            row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
+            if "bad" not in d:
+                xywh = np.concatenate([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
+                row.update(size=d["size"], boxes=xywh.astype(float).round(2).tolist(), labels=d["labels"].tolist(),
+                           scores=d["scores"].astype(float).round(5).tolist())
+            part.write(json.dumps({**row, **({"bad": d["bad"]} if "bad" in d else {})}) + "\n")
+            if (n + 1) % 200 == 0:
+                log.progress("pseudo", n + 1, len(todo), began, 0, images_s=(n + 1) / (time.time() - began))
+    if ranks > 1:
+        torch.distributed.barrier()
+
+
+# ---- what the algorithm is made of -------------------------------------------------------------------------------
+
+def build(c, classes):
+    """The network of settings c, on the CPU, weights drawn from c["seed"]. A backbone that starts from given weights
+    stays trainable, batch norm included, as in the paper."""
+    torch.manual_seed(c["seed"])
+    net = models.RetinaNet(c["backbone"], classes, c["levels"], c["width"], c["depth"], norm=c["norm"],
+                           backbone_norm=c["norm"])
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = c["momentum"]
+    return net.to(memory_format=torch.channels_last)
+
+
+def initialise(backbone, source):
+    try:
+        return backbones.load_backbone(backbone, source)
+    except ValueError as error:
+        raise UserError(f"--init {source}: {error}")
+
+
+def anchors_for(c, device):
+    return ops.make_anchors(c["image_size"], c["image_size"], c["levels"], c["anchor_base"], device=device)
+
+
+def scaled_lr(c):
+    """lr is given for ref_batch human images a step. The student's pseudo half does not count: the paper keeps the
+    teacher's lr (recalled)."""
+    ratio = c["batch"] / c["ref_batch"]
+    return c["lr"] * (ratio if c["optimizer"] == "sgd" else math.sqrt(ratio))
+
+
+def make_optimizer(net, c):
+    groups = models.weight_decay_groups(net, c["weight_decay"])
+    if c["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=0.0)
+
+
+def distribute(net, device, ranks):
+    if ranks == 1:
+        return net
+    if device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+class Meter:
+    """Times the loader and writes the progress line: raw losses of this step, their averages, speed, ETA."""
+
+    def __init__(self, log, stage, start, steps, images):
+        self.log, self.stage, self.start, self.steps, self.images = log, stage, start, steps, images
+        self.began, self.waited = time.time(), 0.0
+
+    def timed(self, loader):
+        loader = iter(loader)
+        while True:
+            clock = time.time()
+            batch = next(loader, None)
+            self.waited += time.time() - clock
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, step, lr, cls_h, box_h, cls_p, box_p, averages, parts):
+        if step % 20 and step != self.steps:
+            return
+        spent, (avg_h, avg_p) = time.time() - self.began, ops.average_losses(averages)
+        pseudo = {"cls_pseudo": cls_p, "box_pseudo": box_p, "avg": float(avg_h), "avg_pseudo": float(avg_p),
+                  "ratio": float(avg_h / avg_p.clamp(min=1e-6))} if parts > 1 else {"avg": float(avg_h)}
+        self.log.progress(self.stage, step, self.steps, self.began, self.start, cls=cls_h, box=box_h, **pseudo, lr=lr,
+                          images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
+
+
+def note_bad(folder, bad, seen, total):
+    """Unusable images are named once, listed in quarantine.txt and replaced by a neighbour; too many end the run."""
+    for _, text in bad:
+        if text not in seen:
+            seen.add(text)
+            print(f"warning: skipping {text}", file=sys.stderr, flush=True)
+            with open(Path(folder) / "quarantine.txt", "a") as f:
+                f.write(text + "\n")
+    if len(seen) > max(20, total // 100):
+        raise UserError(f"{len(seen)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
+                        "run python data.py check on the annotation file")
+
+
+def fail_nonfinite(folder, step, batch, per_image, rank):
+    """Saves which images and boxes made the loss infinite or NaN, then ends the run; checkpoints are untouched."""
+    rows = (~per_image.isfinite().all(1)).nonzero().flatten().tolist()
+    report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo")[int(batch["part"][i])],
+               "focal_and_box_loss": [str(v) for v in per_image[i].tolist()],
+               "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
+    path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"
+    util.write_json(path, report)
+    raise UserError(f"loss is not finite at step {step}; images {[r['image_id'] for r in report][:5]} and their boxes "
+                    f"are in {path}. Lower --lr, or check the data with python data.py check")
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+def stage(folder, deps):
+    """Opens a stage's folder. Returns its record if it is finished, None if it is to be run or resumed; refuses when
+    what it depends on is no longer what it was begun with."""
+    path = Path(folder) / "stage.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        changed = [f"{k}: {record['deps'].get(k)} -> {deps.get(k)}" for k in {**record["deps"], **deps}
+                   if record["deps"].get(k) != json.loads(json.dumps(deps.get(k)))]
+        if changed:
+            raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}); give another --out, or "
+                            "delete that folder")
+        return record if "result" in record else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    util.write_json(path, {"deps": deps})
+    return None
+
+
+def finish(folder, deps, result):
+    util.write_json(Path(folder) / "stage.json", {"deps": deps, "result": result})
+    return result
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def trained(folder, parts, counts, steps, start_from, c, deps, val, run, log):
+    """A training stage: train, score on the validation set, remember. Returns its record {"AP": ..., "weights": hash}."""
+    deps = {**deps, "steps": steps, "images_per_step": counts}
+    if record := util.rank0_first(lambda: stage(folder, deps)):
+        log.say(f"{folder}: finished before, AP {record['result']['AP']:.3f}")
+        return record["result"]
+    net = build(c, len(val.class_ids))
+    if start_from:
+        net.load_state_dict(util.load_checkpoint(start_from)["model"])
+    elif c["init"] != "random":
+        log.say(initialise(net.backbone, c["init"]))
+    net.to(run[2])
+    lr = scaled_lr(c)
+    log.say(f"{folder}: {steps} steps of {' + '.join(map(str, counts))} images in {c['accumulate']} pieces on {run[1]} "
+            f"processes, {c['optimizer']} lr {lr:.4g} (given {c['lr']:g} at batch {c['ref_batch']}), "
+            f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {str(run[3])[6:]} on {run[2]}")
+    if run[1] > 1 and run[2].type == "cpu" and c["norm"] == "bn":
+        log.say("note: batch norm sees one process's images only on CPU; --norm gn gives what one process would")
+    began = time.time()
+    train(folder, net, parts, counts, steps, c, run, log)
+    result = {**evaluate(net, c, val, run), "seconds": round(time.time() - began, 1)}
+    if result["AR100"] == 0:
+        log.say(f"warning: {folder} finds nothing: scores have not left their starting value. Train longer, or check "
+                "the labels in first_batch.png")
+    result["weights"] = digest([hashlib.sha256(v.detach().float().cpu().numpy().tobytes()).hexdigest()
+                                for v in net.state_dict().values()])
+    log.say(f"{folder}: AP {result['AP']:.3f} AP50 {result['AP50']:.3f} on {len(val)} validation images "
+            f"({result['seconds']:.0f} s)")
+    return util.rank0_first(lambda: finish(folder, deps, result))
+
+
+def evaluate(net, c, val, run):
+    rank, ranks, device, dtype = run
+    found = evaluation.detect_all(net, anchors_for(c, device), val, c["image_size"], EVAL_BATCH, device, dtype,
+                                  c["workers"])
+    return util.rank0_first(lambda: evaluation.coco_ap(val.annotation_file, found, val.ids, val.class_ids))
+
+
+def labelled_by(folder, teacher, c, paths, held, train_boxes, deps, run, log):
+    """The pseudo-label stage: choose the threshold, label, audit. Returns {"threshold", "images", "boxes", ...}."""
+    if record := util.rank0_first(lambda: stage(folder, deps)):
+        return record["result"]
+    state, threshold = util.load_checkpoint(teacher), c["threshold"]
+    net = build(c, len(state["class_ids"]))
+    net.load_state_dict(state["model"])
+    net.to(run[2])
+    curve = []
+    if len(held):
+        found = evaluation.detect_all(net, anchors_for(c, run[2]), held, c["image_size"], EVAL_BATCH, run[2], run[3],
+                                      c["workers"])
+        curve = evaluation.precision_recall(*evaluation.match_detections(found, held), evaluation.THRESHOLDS)
+    value = evaluation.best_threshold(curve) if threshold == "auto" else float(threshold)
+    pseudo_label(folder, net, paths, c, run, log)
+
+    def merge():
+        info = {"teacher": str(teacher), "teacher_step": state["step"], "classes": state["class_names"]}
+        stats = data.merge_pseudo(folder, Path(folder) / "pseudo.json", value, state["class_ids"], state["class_names"],
+                                  info)
+        return {"threshold": value, **stats, "held_out": curve}
+    result = util.rank0_first(merge)
+    per_image = result["boxes"] / max(result["images"], 1)
+    log.say(f"{folder}: threshold {value:.2f} ({threshold}) keeps {result['boxes']} boxes, {per_image:.2f} an image "
+            f"(labelled images have {train_boxes:.2f}); {1 - result['with_boxes'] / max(result['images'], 1):.0%} of "
+            f"{result['images']} images keep none and are left out; {result['bad']} unusable images")
+    log.say("  per class: " + ", ".join(f"{k} {v}" for k, v in result["per_class"].items()))
+    if per_image < 0.02 * train_boxes:
+        advice = f"--threshold {evaluation.best_threshold(curve):.2f} has the best F1 on held-out labels" if curve else \
+            "lower --threshold, or use --threshold auto"
+        raise UserError(f"{folder} is (almost) empty: {result['boxes']} boxes on {result['images']} images at threshold "
+                        f"{value:.2f}. The teacher is too weak; train it longer, or {advice}")
+    return util.rank0_first(lambda: finish(folder, deps, result))
+
+
+# ---- the pipeline ------------------------------------------------------------------------------------------------
+
+EVAL_BATCH = 16
+
+
+def main(argv=None):
+    flags, given = util.parse_flags(Config, __doc__, HELP, argv)
+    rank, ranks, device = util.setup()
+    run = (rank, ranks, device, util.precision(flags.precision, device))
+    if flags.mode in ("pseudo", "eval"):
+        return use_checkpoint(flags, run)
+    c = settings(flags, ranks)
+    out = Path(flags.out)
+    util.rank0_first(lambda: util.claim(out))
+    log = util.Log(out / "log.jsonl", rank)
+
+    train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
+    everything = data.load_coco(train_json, train_dir)
+    val = data.load_coco(val_json, val_dir, everything.class_ids)
+    split = data.read_split(flags.split, train_json) if flags.split else data.make_split(
+        train_json, everything.ids, flags.labeled, flags.seed)
+    human, held, rest = data.apply_split(split, everything, hold_out=c["threshold"] == "auto")
+    paths = unlabelled_paths(flags, rest, everything, val, log) if flags.mode == "run" else []
+    if rank == 0:
+        util.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
+        util.write_json(out / "split.json", split)
+    log.say(f"{out}: {len(human)} labelled images to train on, {len(held)} held out, {len(paths)} unlabelled, {len(val)} "
+            f"for validation; classes {', '.join(everything.class_names)}")
+    for file, found in ((train_json, everything), (val_json, val)):
+        for reason, n in found.dropped.items():
+            log.say(f"warning: {n} boxes of {file} dropped: {reason}")
+
+    # What a stage depends on. Where the files lie, how fast they are loaded and how often is saved do not matter.
+    deps = {k: v for k, v in c.items() if k not in ("workers", "save_every", "accumulate", "steps", "student_steps", "alpha")}
+    deps.update(precision=str(run[3]), annotations=split["annotations_sha256"], split=digest(split["labeled"]))
+    results = {"teacher": trained(out / "teacher", [human], [c["batch"]], c["steps"], "", c, deps, val, run, log)}
+    teacher = out / "teacher"
+    for k in range(flags.rounds if flags.mode == "run" else 0):
+        suffix = "" if k == 0 else str(k + 1)
+        folder = out / f"pseudo{suffix}"
+        source = {"teacher": results[teacher.name]["weights"], "threshold": c["threshold"],
+                  "unlabeled": digest([hashlib.sha256(paths.tobytes()).hexdigest()])}
+        pseudo_deps = {**source, "image_size": c["image_size"], "precision": str(run[3])}
+        labels = labelled_by(folder, teacher, c, paths, held, len(human.boxes) / max(len(human), 1), pseudo_deps, run, log)
+        pseudo = data.load_coco(folder / "pseudo.json", labels["root"], everything.class_ids)
+        start = teacher if flags.student_init == "teacher" else ""
+        student_deps = {**deps, **source, "threshold": labels["threshold"], "student_init": flags.student_init}
+        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], [c["batch"], c["batch"]],
+                                              c["student_steps"], start, c, {**student_deps, "alpha": c["alpha"]}, val, run, log)
+        if flags.control:  # same start, steps and images per step, but no pseudo-labels
+            results[f"control{suffix}"] = trained(
+                out / f"control{suffix}", [human], [2 * c["batch"]], c["student_steps"], start, c,
+                {**deps, "teacher": source["teacher"], "student_init": flags.student_init}, val, run, log)
+        teacher = out / f"student{suffix}"
+    if rank == 0:
+        util.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
+        show.report(out)
+        print(table(results), f"written: {out}/results.json, {out}/report.html", sep="\n")
+
+
+def table(results):
+    rows = [f"{'':10s}" + "".join(f"{m:>8s}" for m in ("AP", "AP50", "AP75", "AR100"))]
+    for name, r in results.items():
+        rows.append(f"{name:10s}" + "".join(f"{r[m]:8.3f}" for m in ("AP", "AP50", "AP75", "AR100")))
+    return "\n".join(rows)
+
+
+def settings(flags, ranks):
+    """The recipe's row with the flags laid over it: every value that training uses."""
+    if flags.recipe not in RECIPES:
+        raise UserError(f"--recipe {flags.recipe} does not exist; there are {', '.join(RECIPES)}")
+    c = dict(RECIPES[flags.recipe])
+    c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
+    c.update({k: getattr(flags, k) for k in ("aug", "alpha", "init", "norm", "seed", "accumulate", "workers", "save_every")})
+    c["student_steps"] = flags.student_steps or (flags.steps or c["student_steps"])
+    if c["backbone"] not in BACKBONES:
+        raise UserError(f"--backbone {c['backbone']} does not exist; there are {', '.join(BACKBONES)}")
+    if c["image_size"] % 32 or c["image_size"] <= 0:
+        raise UserError(f"--image-size {c['image_size']} is not a multiple of 32; use {max(32, c['image_size'] // 32 * 32)}")
+    if c["batch"] % (ranks * c["accumulate"]) or c["batch"] <= 0:
+        raise UserError(f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate {c['accumulate']}")
+    if not 0 < flags.labeled <= 1:
+        raise UserError(f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1")
+    if c["threshold"] != "auto" and not _is_probability(c["threshold"]):
+        raise UserError(f"--threshold {c['threshold']} is neither auto nor a number between 0 and 1")
+    return c
+
+
+def _is_probability(text):
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
+
+
+def locate(flags):
+    if flags.data == "coco":
+        return data.coco_layout(flags.root)
+    return data.coco_layout(world.build(flags.root, "det"))
+
+
+def unlabelled_paths(flags, rest, everything, val, log):
+    """Paths of the unlabelled images (n,): --unlabeled, else the training images whose labels are not used, else the
+    embedded world's own unlabelled set."""
+    if flags.unlabeled:
+        paths = data.list_images(flags.unlabeled)
+    elif len(rest):
+        return np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
+    elif flags.data == "shapes":
+        paths = data.list_images(util.rank0_first(lambda: str(world.build(flags.root, "unlabeled"))))
+    else:
+        raise UserError("--labeled 1 leaves no image to pseudo-label; give --unlabeled DIR, or --mode train to stop after "
+                        "the teacher")
+    used = np.setdiff1d(everything.ids, rest.ids)
+    paths, leaks = data.without_leaks(paths, everything.subset(np.searchsorted(everything.ids, used)), val)
+    if leaks:
+        log.say(f"warning: {leaks} unlabelled images are labelled or validation images; left out")
+    if not len(paths):
+        raise UserError(f"every image of --unlabeled {flags.unlabeled} is a labelled or validation image; give other images")
+    return paths
+
+
+def use_checkpoint(flags, run):
+    """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
+    if not flags.ckpt:
+        raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
+    state = util.load_checkpoint(flags.ckpt)
+    c = {**state["config"], "workers": flags.workers}
+    net = build(c, len(state["class_ids"]))
+    net.load_state_dict(state["model"])
+    net.to(run[2])
+    if flags.mode == "eval":
+        _, _, val_json, val_dir = util.rank0_first(lambda: locate(flags))
+        metrics = evaluate(net, c, data.load_coco(val_json, val_dir, state["class_ids"]), run)
+        if run[0] == 0:
+            print(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val_json}")
+            print(json.dumps(metrics, indent=1))
+        return
+    if not flags.unlabeled:
+        raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
+    out = Path(flags.out)
+    util.rank0_first(lambda: util.claim(out))
+    log = util.Log(out / "log.jsonl", run[0])
+    threshold = flags.threshold if flags.threshold not in (None, "auto") else "0.5"
+    if not _is_probability(threshold):
+        raise UserError(f"--threshold {threshold} is not a number between 0 and 1")
+    paths = data.list_images(flags.unlabeled)
+    deps = {"teacher": digest([v.sum().item() for v in state["model"].values()]), "threshold": threshold,
+            "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest(), "precision": str(run[3])}
+    labelled_by(out, flags.ckpt, {**c, "threshold": threshold}, paths, [], 0.0, deps, run, log)
+    log.say(f"written: {out}/pseudo.json")
+
+
+if __name__ == "__main__":
+    util.run(main)
