@@ -29,19 +29,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 1  # raise it with any change that alters an image: caches are then drawn afresh
+VERSION = 2  # raise it with any change that alters an image: caches are then drawn afresh
 SEED = 2020
 
 # name, COCO-style category id (with gaps, as in COCO; None: never annotated), largest rotation in degrees.
 CAST = [
     ("ring",        1, 180),
     ("button",      2, 180),   # a disc with four holes
-    ("triangle",    3, 180),
-    ("star",        5, 180),
+    ("triangle",    3, 45),
+    ("star",        5, 45),
     ("cross",       8,  30),
-    ("crescent",   13, 180),
+    ("crescent",   13, 45),
     ("window",     21,  30),   # a rectangle with 2 x 2 panes cut out
-    ("arrow",      34, 180),
+    ("arrow",      34, 45),
     ("heart",    None,  60),   # from here on: known to `single`, unknown to `det`
     ("hourglass", None, 180),
     ("frame",    None,  30),   # a window without bars
@@ -54,14 +54,14 @@ CATEGORY_IDS = [category for _, category, _ in CAST if category is not None]
 # px: image side; splits: name -> (random stream, images); classes: how many of CAST may appear; objects, side: ranges (side
 # in pixels, log-uniform); under, over: ranges of things of no class behind and in front; then the background mix.
 PARTS = {
-    "det": dict(px=128, splits={"train": (0, 2000), "val": (1, 500)}, classes=8, objects=(1, 6), empty=0.03, side=(14, 60),
-                under=(2, 6), over=(0, 2), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
+    "det": dict(px=128, splits={"train": (0, 2000), "val": (1, 500)}, classes=8, objects=(1, 5), empty=0.03, side=(22, 72),
+                under=(1, 3), over=(0, 1), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
     "single": dict(px=96, splits={"train": (2, 3000), "val": (3, 600)}, classes=12, objects=(1, 1), empty=0, side=(40, 80),
                    under=(0, 3), over=(0, 1), ground=dict(clouds=1, ramp=2, tiles=3, quilt=2)),
-    "unlabeled": dict(px=128, splits={"train": (4, 4000)}, classes=12, objects=(1, 6), empty=0.10, side=(14, 60),
-                      under=(2, 6), over=(0, 2), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
+    "unlabeled": dict(px=128, splits={"train": (4, 4000)}, classes=12, objects=(1, 5), empty=0.10, side=(22, 72),
+                      under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
 }
-THING_SIDE = (14, 60)   # px, things of no class
+THING_SIDE = (22, 60)   # px, things of no class
 SEEN = 0.4       # an object keeps at least this share of its pixels in view, else its place, or its occluder's, is redrawn
 SMALLEST = 6     # and what is in view is at least this wide and high, in pixels
 CONTRAST = 30    # smallest difference in brightness, of 255, between an object's colours and the mean of what it covers

@@ -204,7 +204,16 @@ def test_only_boxes_moves_the_inside_and_nothing_else():
     want[7:14, 5:25], want[4:7, 5:25] = pixels[4:11, 5:25], 128
     assert np.array_equal(np.asarray(image), want)
     assert extent(out['mask'] == 255).tolist() == [5, 4, 25, 7]
+    assert (target['mask'] == 1).all()                                         # the input's own mask is not written to
     assert np.array_equal(out['boxes'], target['boxes'])
+
+
+def test_only_boxes_translates_by_its_own_constant_of_the_whole_image():
+    target = make_target([[100, 50, 300, 250]], mask=np.zeros((480, 640), np.uint8))
+    image = Image.new('RGB', (640, 480))
+    _, out = A.apply_op(image, target, 'TranslateY_Only_BBoxes', 6, np.random.default_rng(0), 3.0, A.AUTOAUGMENT_PIXELS)
+    moved = extent(out['mask'] == 255)
+    assert moved[3] - moved[1] == 72 and moved[2] - moved[0] == 200            # 0.6 * 120, not 0.6 * 250
 
 
 def test_only_boxes_acts_on_a_third_of_p():

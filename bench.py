@@ -1,0 +1,115 @@
+"""How fast is it next to what one would use instead? Ratios measured in one run, the competitors taking turns, so that
+a slow moment of the machine hits both.
+
+    python bench.py train [--size 320 --batch 4 --threads 2 --rounds 5]      a training step, RetinaNet ResNet-50-FPN
+"""
+import argparse
+import statistics
+import time
+
+import torch
+import torchvision
+
+import eval as evaluation
+import models
+import ops
+import st
+from util import UserError, run
+
+
+def fake_batch(size, batch, boxes=8, classes=80):
+    """uint8 images (B, 3, S, S) and `boxes` random boxes each: the arithmetic of a step does not depend on content."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=g)
+    low = torch.rand(batch, boxes, 2, generator=g) * size * 0.6
+    xyxy = torch.cat([low, low + size * (0.1 + 0.3 * torch.rand(batch, boxes, 2, generator=g))], 2)
+    labels = torch.randint(0, classes, (batch, boxes), generator=g)
+    return {"images": images, "boxes": xyxy, "labels": labels, "part": torch.zeros(batch, dtype=torch.int64)}
+
+
+def our_step(batch, size, dtype, channels_last):
+    """The inside of st.train's loop for one supervised step: the paper's network, per-level batch norm included."""
+    torch.manual_seed(0)
+    net = models.RetinaNet("resnet50", 80).train()
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    anchors = ops.make_anchors(size, size)
+    optimizer = torch.optim.SGD(models.weight_decay_groups(net, 1e-4), lr=1e-3, momentum=0.9)
+
+    def step():
+        matched, classes, positives = st.assign(batch, anchors)
+        x = evaluation.normalise(batch["images"], torch.device("cpu"))
+        x = x if channels_last else x.contiguous()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits, deltas = net(x)
+        st.losses_of(logits, deltas, anchors, batch["boxes"], matched, classes, batch["part"], positives).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def torchvision_step(batch, size, dtype, channels_last):
+    """torchvision's RetinaNet on the same boxes and class count, everything trainable, its own losses."""
+    torch.manual_seed(0)
+    net = torchvision.models.detection.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=80, min_size=size, max_size=size).train()
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    targets = [{"boxes": b, "labels": l} for b, l in zip(batch["boxes"], batch["labels"])]
+
+    def step():
+        images = batch["images"].float() / 255
+        if channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = net(list(images), targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def train(size, batch, threads, rounds):
+    torch.set_num_threads(threads)
+    images = fake_batch(size, batch)
+    rivals = {
+        "ours, bf16 channels_last (default)": our_step(images, size, torch.bfloat16, True),
+        "torchvision, fp32 (its default)": torchvision_step(images, size, torch.float32, False),
+        "torchvision, bf16 channels_last": torchvision_step(images, size, torch.bfloat16, True),
+        "ours, fp32": our_step(images, size, torch.float32, False),
+    }
+    times = {name: [] for name in rivals}
+    for r in range(rounds + 1):
+        for name, step in rivals.items():
+            began = time.perf_counter()
+            step()
+            if r:  # the first round warms up
+                times[name].append(time.perf_counter() - began)
+    print(f"training step, RetinaNet ResNet-50-FPN, {size} px, batch {batch}, {threads} threads, torch {torch.__version__}, "
+          f"torchvision {torchvision.__version__}, {rounds} rounds")
+    for name, t in times.items():
+        print(f"  {name:36s} median {statistics.median(t):6.3f} s   min {min(t):6.3f}   max {max(t):6.3f}")
+
+    def ratio(a, b):
+        each = [x / y for x, y in zip(times[a], times[b])]
+        return f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})"
+    ours, theirs, same, plain = rivals
+    print(f"  default to default                   {ratio(ours, theirs)}")
+    print(f"  both bf16 channels_last              {ratio(ours, same)}")
+    print(f"  both fp32                            {ratio(plain, theirs)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train"])
+    for name, value in (("size", 320), ("batch", 4), ("threads", 2), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    if args.size % 32:
+        raise UserError(f"--size {args.size} is not a multiple of 32")
+    train(args.size, args.batch, args.threads, args.rounds)
+
+
+if __name__ == "__main__":
+    run(main)
