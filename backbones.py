@@ -325,5 +325,5 @@ def read_file(path):
         if isinstance(e, pickle.UnpicklingError) or "TorchScript" in str(e):
             name = re.search(r"GLOBAL ([\w.]+)", str(e))
             raise ValueError(f"'{path}' holds more than plain tensors{f' ({name[1]})' if name else ''}; unsafe unpickling is "
-                             "refused: load it in an environment you trust, torch.save its state_dict(), and give that file") from None
+                             "refused: load it where you trust it, torch.save its state_dict(), and give that file") from None
         raise ValueError(f"'{path}' is not a checkpoint, or a damaged one ({type(e).__name__}): fetch or save it again") from None

@@ -12,6 +12,7 @@ Command line:
     python data.py export DIR                                      the embedded world as COCO files and folders
 """
 import argparse
+import filecmp
 import functools
 import glob
 import hashlib
@@ -28,7 +29,8 @@ from PIL import Image, ImageOps
 
 import augment
 import world
-from util import UserError, run, write_atomic, write_json
+from runs import write_atomic, write_json
+from util import UserError, run
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -79,16 +81,16 @@ class Detections:
                        crowd=self.crowd[rows])
 
 
-def read_json(path, what):
+def read_json(path, what, keys=("images", "annotations", "categories")):
     try:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}; check --root")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable as json ({error}); fix or re-download the {what}")
-    missing = [k for k in ("images", "annotations", "categories") if k not in value] if isinstance(value, dict) else ["images"]
+    missing = [k for k in keys if not isinstance(value.get(k), list)] if isinstance(value, dict) else ["images"]
     if missing:
-        raise UserError(f"{path} is not a COCO {what}: it has no '{missing[0]}'; see the COCO data format")
+        raise UserError(f"{path} is not a COCO {what}: it has no list '{missing[0]}'; see the COCO data format")
     return value
 
 
@@ -98,9 +100,19 @@ def load_coco(path, image_dir, class_ids=None, strict=False):
     Boxes with no area, outside the image or of unknown category or image are dropped and counted (strict: UserError);
     boxes reaching over the border are clipped. UserError also for files that are no COCO json.
     """
+    try:
+        return _load_coco(path, image_dir, class_ids, strict)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a COCO annotation file: an image, annotation or category lacks a field or has one of "
+                        f"the wrong kind ({type(error).__name__}: {error}); see the COCO data format")
+
+
+def _load_coco(path, image_dir, class_ids, strict):
     value = read_json(path, "annotation file")
     categories = sorted(value["categories"], key=lambda c: c["id"])
     own = [c["id"] for c in categories]
+    if len(set(own)) != len(own) or not own:
+        raise UserError(f"{path} has {'two categories of the same id' if own else 'no category'}; mend its 'categories'")
     if class_ids is not None and list(class_ids) != own:
         odd = sorted(set(class_ids) ^ set(own))
         raise UserError(f"{path} has other categories than the checkpoint (ids in only one of them: {odd[:5]}); "
@@ -112,19 +124,18 @@ def load_coco(path, image_dir, class_ids=None, strict=False):
     if len(np.unique(ids)) != len(ids):
         raise UserError(f"{path} gives the image id {ids[:-1][ids[1:] == ids[:-1]][0]} twice; ids must be unique")
     names = [im["file_name"] for im in images]
-    for name in names:
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise UserError(f"{path} has the file_name '{name}', which leaves the image folder {image_dir}; make it relative")
+    _stay_inside(names, path, image_dir)
     sizes = np.array([[im["height"], im["width"]] for im in images], dtype=np.int32).reshape(-1, 2)
 
     rows = value["annotations"]
-    box = np.array([a["bbox"] for a in rows], dtype=np.float64).reshape(-1, 4)  # x, y, w, h
+    nothing = [np.nan] * 4  # some exports write [] or null
+    box = np.array([a["bbox"] if len(a["bbox"] or ()) == 4 else nothing for a in rows], np.float64).reshape(-1, 4)  # x, y, w, h
     where, known = _lookup(ids, np.array([a["image_id"] for a in rows], dtype=np.int64))
     label, named = _lookup(np.array(own, dtype=np.int64), np.array([a["category_id"] for a in rows], dtype=np.int64))
     limit = sizes[where][:, ::-1] if len(rows) else np.zeros((0, 2))  # w, h
     low, high = np.clip(box[:, :2], 0, limit), np.clip(box[:, :2] + box[:, 2:], 0, limit)
     finite = np.isfinite(box).all(1)
-    reasons = [("unknown image id", ~known), ("unknown category id", ~named), ("not a finite number", ~finite),
+    reasons = [("unknown image id", ~known), ("unknown category id", ~named), ("not four finite numbers", ~finite),
                ("no area", (box[:, 2:] <= 0).any(1)), ("outside the image", (high - low <= 0).any(1))]
     keep, dropped = np.ones(len(rows), dtype=bool), {}
     for reason, bad in reasons:
@@ -154,6 +165,19 @@ def _lookup(table, values):
     return at, table[at] == values
 
 
+def _stay_inside(names, path, image_dir):
+    for name in names:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"{path} has the file_name '{name}', which leaves the image folder {image_dir}; make it relative")
+
+
+def _folder_beside(path):
+    """Where the images of an annotation file lie: images/, for annotations/instances_train2017.json train2017/, or here."""
+    path = Path(path)
+    places = path.parent / "images", path.parent.parent / path.stem.rpartition("_")[2], path.parent
+    return next((d for d in places if d.is_dir()), path.parent)
+
+
 def coco_layout(root):
     """(train json, train images, val json, val images) under root: official COCO 2017 or the simple layout."""
     root = Path(root)
@@ -174,13 +198,13 @@ def read_image(path, size=None):
     try:
         with Image.open(path) as image:
             image.load()
+            turned = ImageOps.exif_transpose(image)
+            if size is None or turned.size == (size[1], size[0]):
+                image = turned
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float files: convert() would clip at 255
                 values = np.asarray(image).astype(np.float64)
                 scale = 65535.0 if values.max(initial=0) > 255 else 255.0
                 image = Image.fromarray((values / scale * 255).clip(0, 255).astype(np.uint8))
-            turned = ImageOps.exif_transpose(image)
-            if size is None or turned.size == (size[1], size[0]):
-                image = turned
             image = image.convert("RGB")  # greyscale, palette, alpha and CMYK files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{path}: {str(error) or type(error).__name__}")
@@ -196,18 +220,20 @@ def list_images(source):
     if path.is_dir():
         found = [os.path.join(d, f) for d, _, files in os.walk(path, followlinks=True) for f in files]
     elif path.suffix == ".json":
-        value = read_json(path, "image list")
-        folder = next((d for d in (value.get("info", {}).get("root"), path.parent / "images", path.parent) if d
-                       and os.path.isdir(d)), path.parent)
-        found = [os.path.join(folder, im["file_name"]) for im in value["images"]]
+        value = read_json(path, "image list", ["images"])
+        info = value["info"] if isinstance(value.get("info"), dict) else {}
+        folder = info["root"] if os.path.isdir(info.get("root", "")) else _folder_beside(path)
+        names = [im["file_name"] for im in value["images"] if "file_name" in im]
+        _stay_inside(names, path, folder)
+        found = [os.path.join(folder, name) for name in names]
     elif path.suffix == ".txt" and path.exists():
         found = [os.path.join(path.parent, line.strip()) for line in path.read_text().splitlines() if line.strip()]
     else:
         found = glob.glob(str(source), recursive=True)
-    found = sorted(f for f in found if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
-    if not found:
+    found = sorted({os.path.abspath(f) for f in found if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES})
+    if not any(map(os.path.exists, found)):
         raise UserError(f"no image found at --unlabeled {source}; give a folder, a glob, a .txt list or a COCO json")
-    return np.array([os.fsencode(os.path.abspath(f)) for f in found], dtype=np.bytes_)
+    return np.array([os.fsencode(f) for f in found], dtype=np.bytes_)
 
 
 def without_leaks(paths, *labelled):
@@ -221,14 +247,11 @@ def without_leaks(paths, *labelled):
             if os.path.exists(path):
                 by_size.setdefault(os.path.getsize(path), []).append(path)
 
-    digest = functools.lru_cache(maxsize=None)(lambda p: hashlib.sha256(Path(p).read_bytes()).digest())
-
     def leaks(path):
         path = os.path.realpath(os.fsdecode(path))
         if path in known or not os.path.exists(path):
             return path in known
-        same = by_size.get(os.path.getsize(path), ())
-        return bool(same) and digest(path) in {digest(p) for p in same}
+        return any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(os.path.getsize(path), ()))
     keep = np.array([not leaks(bytes(p)) for p in paths], dtype=bool)
     return paths[keep], int((~keep).sum())
 
@@ -248,8 +271,11 @@ def make_split(annotation_file, ids, fraction, seed):
 
 
 def read_split(path, annotation_file):
-    split = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    if "labeled" not in split:
+    try:
+        split = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        split = None
+    if not (isinstance(split, dict) and {"annotations_sha256", "labeled", "rest"} <= split.keys()):
         raise UserError(f"{path} is not a label split; make one with python data.py split")
     if split["annotations_sha256"] != make_split(annotation_file, [0], 1, 0)["annotations_sha256"]:
         raise UserError(f"{path} was made for another version of {annotation_file}; make it anew with python data.py split")
@@ -265,6 +291,9 @@ def apply_split(split, train, hold_out):
     labelled = [position[v] for v in split["labeled"]]
     held = labelled[::HOLD_OUT] if hold_out else []
     used = [i for k, i in enumerate(labelled) if not hold_out or k % HOLD_OUT]
+    if not used:
+        raise UserError(f"{len(labelled)} labelled images, of which {len(held)} held out to choose the threshold: none is left "
+                        "to train on. Raise --labeled, or give --threshold a number")
     return train.subset(used), train.subset(held), train.subset([position[v] for v in split["rest"]])
 
 
@@ -364,7 +393,11 @@ def train_loader(parts, counts, start, stop, chunks, rank, world_size, policy, s
                 keys.append(np.array_split(np.arange(mine), chunks))
                 keys[-1] = [[row[i] for i in chunk] for chunk in keys[-1]]
             yield [key for chunk in zip(*keys) for some in chunk for key in some]
-    return _loader(TrainImages(parts, policy, size, seed), batches(), workers)
+    try:
+        yield from _loader(TrainImages(parts, policy, size, seed), batches(), workers)
+    except UserError as error:  # from a worker it comes wrapped in the worker's traceback
+        error.__traceback__ = None  # it holds the loader: the workers would be left to the garbage collector, which stalls
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def eval_loader(source, index, size, batch, workers):
@@ -398,9 +431,16 @@ def pseudo_parts(folder):
     return sorted(Path(folder).glob("part_*.jsonl"))
 
 
-def finished_images(folder, n):
-    """Which of n images the parts already hold, as (n,) bool; a line cut off by a kill is removed."""
-    done = np.zeros(n, dtype=bool)
+def finished_images(folder, n, floor=0.0):
+    """Which of n images the parts already hold, as (n,) bool; a line cut off by a kill is removed, and parts made when
+    only higher scores were stored are made anew."""
+    done, note = np.zeros(n, dtype=bool), Path(folder) / "floor.json"
+    if note.exists() and json.loads(note.read_text()) > floor:
+        for part in pseudo_parts(folder):
+            part.unlink()
+    if not pseudo_parts(folder):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, floor)
     for part in pseudo_parts(folder):
         whole = 0
         with open(part, "rb") as f:
@@ -466,8 +506,7 @@ def merge_pseudo(folder, out, threshold, class_ids, class_names, info):
 
 def check(path, images=None, strict=False):
     """Reads everything a training would and prints what is wrong. Returns the number of problems."""
-    folder = Path(images) if images else next((d for d in (Path(path).parent / "images", Path(path).parent) if d.is_dir()))
-    found = load_coco(path, folder, strict=strict)
+    found = load_coco(path, images or _folder_beside(path), strict=strict)
     problems = Counter(found.dropped)
     for i in range(len(found)):
         try:
@@ -497,6 +536,8 @@ def main():
             raise UserError(f"{problems} problems in {args.path}; training drops what is listed above")
     elif args.command == "split":
         ids = load_coco(args.path, Path(args.path).parent).ids
+        if not 0 < args.fraction <= 1:
+            raise UserError(f"--fraction {args.fraction} is not a fraction; give a number above 0 and up to 1")
         split = make_split(args.path, ids, args.fraction, args.seed)
         write_json(args.out, split)
         print(f"{args.out}: {len(split['labeled'])} of {len(ids)} images labelled")

@@ -75,8 +75,9 @@ def coco_ap(annotation_file, detected, ids, class_ids):
     if strange:
         raise util.UserError(f"{annotation_file} lacks {len(strange)} of the scored image ids, first {strange[:3]}; "
                              "score with the file the images came from")
+    truth["annotations"] = [a for a in truth["annotations"] if len(a["bbox"] or ()) == 4]  # load_coco drops these too
     for n, a in enumerate(truth["annotations"]):  # fields that COCOeval needs and simple exports leave out
-        a.setdefault("id", n + 1)
+        a["id"] = n + 1  # whatever it was: COCOeval takes 0 for "unmatched" and loses boxes that share an id
         a.setdefault("iscrowd", 0)
         a.setdefault("area", a["bbox"][2] * a["bbox"][3])
     rows = [np.column_stack([np.full(len(d["scores"]), ids[i]), d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2],

@@ -17,14 +17,10 @@ import backbones
 PRIOR = 0.01  # every anchor starts with this foreground probability: class bias -ln((1 - prior) / prior)
 
 
-def make_norm(kind, channels, eps=1e-3, momentum=0.01):
+def make_norm(kind, channels):
     """bn: batch norm (eps 1e-3 as in the self-training configs); gn: group norm, where images do not see each other,
     so that N processes equal one; none: nothing."""
-    if kind == "bn":
-        return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
-    if kind == "gn":
-        return nn.GroupNorm(max(1, min(32, channels // 8)), channels)
-    return nn.Identity()
+    return nn.Identity() if kind == "none" else backbones.make_norm(kind, channels, eps=1e-3, momentum=0.01)
 
 
 class FPN(nn.Module):
@@ -110,7 +106,8 @@ def weight_decay_groups(model, decay):
     return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
-# torchvision.models.detection.retinanet_resnet50_fpn -> RetinaNet(norm="none", backbone_norm="frozen"), by key prefix
+# torchvision.models.detection.retinanet_resnet50_fpn -> RetinaNet(norm="none", backbone_norm="frozen"), by key prefix;
+# the first that fits holds. The last rows are the names in older files, which torchvision still translates on loading.
 TORCHVISION_KEYS = [
     ("backbone.body.", "backbone."),
     *[(f"backbone.fpn.inner_blocks.{i}.0.", f"fpn.lateral.{i}.") for i in range(3)],
@@ -121,15 +118,26 @@ TORCHVISION_KEYS = [
     ("head.classification_head.cls_logits.", "classes.final."),
     *[(f"head.regression_head.conv.{i}.0.", f"boxes.convs.{i}.") for i in range(4)],
     ("head.regression_head.bbox_reg.", "boxes.final."),
+    *[(f"backbone.fpn.inner_blocks.{i}.", f"fpn.lateral.{i}.") for i in range(3)],
+    *[(f"backbone.fpn.layer_blocks.{i}.", f"fpn.post.{i}.") for i in range(3)],
+    *[(f"head.classification_head.conv.{2 * i}.", f"classes.convs.{i}.") for i in range(4)],
+    *[(f"head.regression_head.conv.{2 * i}.", f"boxes.convs.{i}.") for i in range(4)],
 ]
 
 
-def from_torchvision(state):
-    """torchvision's retinanet_resnet50_fpn state dict with our key names. KeyError on a key the table does not know."""
+def from_torchvision(state, eps=0.0):
+    """torchvision's retinanet_resnet50_fpn state dict with our key names. KeyError on a key the table does not know.
+
+    eps: of the batch norms the weights belong to. torchvision runs its COCO weights with 0 (overwrite_eps), everything
+    else with 1e-5 as we do; the norms' weights are rescaled so that the network stays the same.
+    """
     out = {}
     for key, value in state.items():
         old, new = next(((o, n) for o, n in TORCHVISION_KEYS if key.startswith(o)), (None, None))
         if old is None:
             raise KeyError(key)
         out[new + key[len(old):]] = value
+    for key in [k for k in out if k.endswith("running_var")]:
+        weight, var = key.replace("running_var", "weight"), out[key].double()  # dead channels have variances near 1e-45
+        out[weight] = (out[weight] * ((var + 1e-5) / (var + eps)).sqrt()).to(out[key].dtype)
     return out

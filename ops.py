@@ -30,26 +30,32 @@ def make_anchors(height, width, levels=(3, 7), base=4.0, scales=3, ratios=(1.0, 
         stride = 2 ** level
         sizes = [base * stride * 2 ** (i / scales) for i in range(scales)]
         half = torch.tensor([[s * math.sqrt(r) / 2, s / math.sqrt(r) / 2] for s in sizes for r in ratios])  # (a, 2) w, h
-        out.append(_tile(torch.cat([-half, half], 1), height, width, stride, stride / 2))
+        rows, cols = _cells(height, width, stride)
+        out.append(_tile(torch.cat([-half, half], 1), rows, cols, stride, stride, stride / 2))
     return torch.cat(out).to(device)
 
 
 def torchvision_anchors(height, width, levels=(3, 7), device="cpu"):
     """The anchors torchvision's RetinaNet weights were trained with -> (A, 4). Differences from make_anchors: sides
-    rounded to pixels, ratio-major order, centres at k*stride without the half-stride offset."""
+    rounded to pixels, ratio-major order, centres at k*stride without the half-stride offset, and as stride the whole
+    pixels of image per cell: 61, not 64, where 13 rows of P6 cover 800 pixels."""
     out = []
     for level in range(levels[0], levels[1] + 1):
         stride, side = 2 ** level, 4 * 2 ** level
         sizes = [float(int(side * 2 ** (i / 3))) for i in range(3)]
         half = torch.tensor([[s / math.sqrt(r) / 2, s * math.sqrt(r) / 2] for r in (0.5, 1.0, 2.0) for s in sizes])
-        out.append(_tile(torch.cat([-half, half], 1).round(), height, width, stride, 0.0))
+        rows, cols = _cells(height, width, stride)
+        out.append(_tile(torch.cat([-half, half], 1).round(), rows, cols, height // rows, width // cols, 0.0))
     return torch.cat(out).to(device)
 
 
-def _tile(cell, height, width, stride, offset):
-    """Copies the anchors `cell` (a, 4) of one location to every location of a level -> (H*W*a, 4)."""
-    rows, cols = -(-height // stride), -(-width // stride)  # strided convolutions with padding round up
-    y, x = torch.meshgrid(torch.arange(rows) * stride + offset, torch.arange(cols) * stride + offset, indexing="ij")
+def _cells(height, width, stride):
+    return -(-height // stride), -(-width // stride)  # strided convolutions with padding round up
+
+
+def _tile(cell, rows, cols, dy, dx, offset):
+    """Copies the anchors `cell` (a, 4) of one location to every location of a level, dy and dx apart -> (H*W*a, 4)."""
+    y, x = torch.meshgrid(torch.arange(rows) * dy + offset, torch.arange(cols) * dx + offset, indexing="ij")
     centre = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)  # (H*W, 1, 4)
     return (centre + cell).reshape(-1, 4).float()  # (H*W*a, 4)
 
@@ -88,7 +94,8 @@ def match(anchors, boxes, valid, positive=0.5, negative=0.5):
     anchors (A, 4); boxes (B, M, 4) padded; valid (B, M) bool marks the real ones. M may be 0.
     Returns (B, A) int64: index of a box, NEGATIVE (IoU < negative) or IGNORE (between). Each valid box also takes the
     anchor it overlaps most, whatever that IoU (first such anchor on ties; boxes it overlaps not at all take none).
-    torchvision's Matcher differs there: it keeps all ties, and gives the anchor to the box the *anchor* prefers.
+    torchvision's Matcher differs there: it keeps all ties, and gives the anchor to the box the *anchor* prefers; the TPU
+    code lets the first, not the last, of two boxes that want the same anchor have it.
     """
     B, M = valid.shape
     A = len(anchors)
@@ -212,7 +219,9 @@ def detect(logits, deltas, anchors, windows, min_score=0.05, nms_iou=0.5, candid
     box = torch.minimum(box.clamp(min=0), limits)
     solid = ((box[:, 2:] - box[:, :2]) > 1e-2).all(1)  # clipping can leave nothing of a box
     box, top, label, image = box[solid], top[solid], label[solid], image[solid]
-    keep = batched_nms(box, top, image * K + label, nms_iou)  # one call for all images and classes; best first
+    # One call for all images and classes; best first. It keeps them apart by shifting each to its own place, up to
+    # B*K image widths away: float32 would round the boxes there, and results would depend on who shares the batch.
+    keep = batched_nms(box.double(), top.double(), image * K + label, nms_iou)
     out = []
     for i in range(B):
         mine = keep[image[keep] == i][:limit]

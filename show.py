@@ -22,6 +22,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import augment
 import data
+import runs
 import util
 import world
 from util import UserError
@@ -93,7 +94,7 @@ def contact_sheet(tiles, columns):
 
 
 def save_png(image, path):
-    util.write_atomic(path, lambda p: image.save(p, "PNG"))
+    runs.write_atomic(path, lambda p: image.save(p, "PNG"))
 
 
 def batch_sheet(batch, class_names, path):
@@ -153,7 +154,7 @@ def chart(title, lines, x_label, y_label, log=False, mark=None, y_max=None):
         out.append(f'<polyline points="{" ".join(f"{at_x(x)},{at_y(y)}" for x, y in points)}" {paint}/>')
         if name and points:
             out.append(f'<polyline points="{key},26 {key + 12},26" {paint}/><text x="{key + 16}" y="30">{html.escape(name)}</text>')
-            key += 22 + 5.6 * len(name)
+            key += 30 + 5.6 * len(name)
     if mark:
         x, late = at_x(mark[0]), mark[0] > (x0 + x1) / 2
         out.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{H - bottom}" class="m"/><text x="{x + (-4 if late else 4)}" '
@@ -259,8 +260,10 @@ def picture(image, alt):
 
 def header_html(name, config):
     command = config.get("command", "No config.json in this directory.")
-    settings = [f"<div>{html.escape(f'{k} = {v}')}</div>" for k, v in config.items() if k != "command" and v not in (None, "")]
-    return (f"<h1>{html.escape(name)}</h1><pre>{html.escape(shlex.join(command) if isinstance(command, list) else command)}</pre>"
+    command = shlex.join(command) if isinstance(command, list) else command
+    settings = [f"<div>{html.escape(f'{k} = {v}')}</div>" for k, v in config.items()
+                if k != "command" and v not in (None, "")]
+    return (f"<h1>{html.escape(name)}</h1><pre>{html.escape(command)}</pre>"
             f'<details><summary>Settings</summary><div class="columns">{"".join(settings)}</div></details>')
 
 
@@ -280,7 +283,7 @@ def results_html(results):
     text = "COCO metrics on the validation set, 0 to 1, of one seed: how much they vary from seed to seed is not known here. "
     if any(name.startswith("control") for name in results):
         text += ("The control trains on from the student's start for as many steps and images per step, on human labels "
-                 "only: student − control is what the pseudo-labels are worth.")
+                 "only: student − control, not student − teacher, speaks for or against the pseudo-labels.")
     elif students:
         text += ("The student has trained for longer than the teacher, so this difference alone does not show that "
                  "pseudo-labels helped; --control trains the comparison that does.")
@@ -302,14 +305,15 @@ def curves_html(stage, lines):
         line("", HUMAN, .35, "cls", "box"), line("", PSEUDO, .35, "cls_pseudo", "box_pseudo"),
         line("human", HUMAN, 1, "avg"), line("pseudo", PSEUDO, 1, "avg_pseudo")], "step", "classes + boxes"
     ) + chart("its terms, single steps", [
-        line("classes", HUMAN, 1, "cls"), line("boxes", HUMAN, .4, "box"), line("classes, pseudo", PSEUDO, 1, "cls_pseudo"),
-        line("boxes, pseudo", PSEUDO, .4, "box_pseudo")], "step", "loss"
+        line("cls", HUMAN, 1, "cls"), line("box", HUMAN, .4, "box"), line("cls pseudo", PSEUDO, 1, "cls_pseudo"),
+        line("box pseudo", PSEUDO, .4, "box_pseudo")], "step", "loss"
     ) + chart("learning rate", [line("", OTHER, 1, "lr")], "step", "lr") + "</div>"
 
 
 def audit_html(folder, sheet_path, labelled):
     """What the teacher has labelled. labelled: {class: boxes} of the human labels, {} if unknown."""
-    result, pseudo, out = stored(folder / "stage.json").get("result"), None, [f"<h2>Pseudo-labels: {html.escape(folder.name)}</h2>"]
+    out = [f"<h2>Pseudo-labels: {html.escape(folder.name)}</h2>"]
+    result, pseudo = stored(folder / "stage.json").get("result"), None
     try:
         pseudo = data.load_coco(folder / "pseudo.json", result["root"]) if result else None
     except UserError as error:
@@ -329,7 +333,8 @@ def audit_html(folder, sheet_path, labelled):
     if held:
         out.append(chart("on held-out labels, at IoU 0.5", [
             (k, colour, 1, [(r["threshold"], r[k]) for r in held])
-            for k, colour in (("precision", HUMAN), ("recall", PSEUDO), ("f1", OTHER))], "score threshold", "", mark=mark, y_max=1))
+            for k, colour in (("precision", HUMAN), ("recall", PSEUDO), ("f1", OTHER))],
+            "score threshold", "", mark=mark, y_max=1))
     most = min(max(kept, default=0), 20)
     counts = [sum(kept[k] for k in kept if min(k, 20) == b) for b in range(most + 1)]
     out += [chart(*scores, log=True, mark=mark),
@@ -348,12 +353,14 @@ def audit_html(folder, sheet_path, labelled):
     tiles = []
     for i, k in wanted.items():
         target, row = pseudo.target(k), rows.get(i, {"boxes": [], "scores": []})
-        missed = [(x, y, x + w, y + h) for (x, y, w, h), s in zip(row["boxes"], row["scores"]) if threshold / 2 <= s < threshold]
+        missed = [(x, y, x + w, y + h) for (x, y, w, h), s in zip(row["boxes"], row["scores"])
+                  if threshold / 2 <= s < threshold]
         try:
             image = data.read_image(pseudo.path(k), target["size"])
         except data.BadImage:  # moved since
             continue
-        tiles.append((draw_boxes(image, target, pseudo.class_names, tile_scale(image), missed), Path(pseudo.path(k)).name, OTHER))
+        drawn = draw_boxes(image, target, pseudo.class_names, tile_scale(image), missed)
+        tiles.append((drawn, Path(pseudo.path(k)).name, OTHER))
     if not tiles:
         return "".join(out) + note("No contact sheet: there is no image to show, or it is no longer where it was.")
     save_png(contact_sheet(tiles, 4), sheet_path)
@@ -385,7 +392,7 @@ def report(run):
         body.append(note(f"{path.parent.name}: {len(path.read_text().splitlines())} unusable images, listed in {path}."))
     page = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
             "</head><body>" + "\n".join(body) + "</body></html>\n")
-    util.write_atomic(run / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+    runs.write_atomic(run / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
     return run / "report.html"
 
 
@@ -412,7 +419,8 @@ def augment_sheet(image, target, class_names, size, draws, seed):
     first, first_target, _ = augment.fit(image, target, size)
     tiles = []
     for policy, (low, high) in augment.JITTER.items():
-        tiles.append((draw_boxes(first, first_target, class_names, tile_scale(first)), f"original | {policy}: scale {low} to {high}", OTHER))
+        drawn = draw_boxes(first, first_target, class_names, tile_scale(first))
+        tiles.append((drawn, f"original | {policy}: scale {low} to {high}", OTHER))
         for k in range(draws):
             out, boxes = augment.augment(image, target, policy, size, np.random.default_rng((seed, k)))
             tiles.append((draw_boxes(out, boxes, class_names, tile_scale(out)), f"{policy}, draw {k + 1}", HUMAN))

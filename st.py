@@ -32,6 +32,7 @@ import data
 import eval as evaluation
 import models
 import ops
+import runs
 import show
 import util
 import world
@@ -69,7 +70,7 @@ class Config:
     optimizer: str = None
     accumulate: int = 1
     precision: str = "auto"
-    workers: int = 2
+    workers: int = 1
     save_every: int = 0
 
 
@@ -116,7 +117,7 @@ HELP = {
 # are unknown, 120k steps is the paper's length for random init with S4. threshold 0.5: Sec. 3 (recalled).
 # tiny: ours. Objects of 14-60 px want small anchors, few steps want AdamW and quicker batch-norm averages.
 RECIPES = {
-    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=900, student_steps=900,
+    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=1500, student_steps=1500,
                  optimizer="adamw", lr=2e-3, warmup=50, weight_decay=0.05, clip=10.0, threshold="auto",
                  levels=(3, 6), width=64, depth=2, anchor_base=2.0, momentum=0.1),
     "coco-r50": dict(backbone="resnet50", image_size=640, batch=256, ref_batch=256, steps=120_000, student_steps=120_000,
@@ -124,7 +125,7 @@ RECIPES = {
                      levels=(3, 7), width=256, depth=4, anchor_base=4.0, momentum=0.003),
 }
 BOX_WEIGHT = 50.0  # of the Huber loss next to the focal loss (TPU detection code)
-FLOOR = 0.05  # detections under this score are not even stored
+FLOOR = 0.05  # detections under this score are not stored, unless the threshold is lower
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
     """
     rank, ranks, device, dtype = run
     anchors, optimizer, averages, start = anchors_for(c, device), make_optimizer(net, c), torch.zeros(3).double(), 0
-    if state := util.load_latest(folder):
+    if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         averages, start = state["averages"], state["step"]
@@ -205,7 +206,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
         meter.step(step + 1, lr, cls_h, box_h, cls_p, box_p, averages, len(parts))
         last = step + 1 == steps or stopping
         if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
-            util.save_checkpoint(folder, {
+            runs.save_checkpoint(folder, {
                 "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "step": step + 1,
                 "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
                 "class_ids": parts[0].class_ids, "class_names": parts[0].class_names})
@@ -215,15 +216,16 @@ def train(folder, net, parts, counts, steps, c, run, log):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def pseudo_label(folder, net, paths, c, run, log):
-    """Detects on the images `paths` and appends what it finds to folder/part_*.jsonl; images done before are skipped."""
+def pseudo_label(folder, net, paths, floor, c, run, log):
+    """Detects on the images `paths` and appends what scores above floor to folder/part_*.jsonl; images done before are
+    skipped. The floor lies under the threshold so that the audit can show what the threshold leaves out."""
     rank, ranks, device, dtype = run
-    done = util.rank0_first(lambda: data.finished_images(folder, len(paths)))
+    done = util.rank0_first(lambda: data.finished_images(folder, len(paths), floor))
     todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
     began, anchors = time.time(), anchors_for(c, device)
     with open(Path(folder) / f"part_{rank}_of_{ranks}.jsonl", "a", buffering=1) as part:
         for n, (i, d) in enumerate(evaluation.detections(net, anchors, paths, todo, c["image_size"], EVAL_BATCH, device,
-                                                         dtype, c["workers"], FLOOR)):
+                                                         dtype, c["workers"], floor)):
             row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
             if "bad" not in d:
                 xywh = np.concatenate([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
@@ -301,7 +303,7 @@ class Meter:
             yield batch
 
     def step(self, step, lr, cls_h, box_h, cls_p, box_p, averages, parts):
-        if step % 20 and step != self.steps:
+        if step > 10 and step % 20 and step != self.steps:
             return
         spent, (avg_h, avg_p) = time.time() - self.began, ops.average_losses(averages)
         pseudo = {"cls_pseudo": cls_p, "box_pseudo": box_p, "avg": float(avg_h), "avg_pseudo": float(avg_p),
@@ -330,110 +332,99 @@ def fail_nonfinite(folder, step, batch, per_image, rank):
                "focal_and_box_loss": [str(v) for v in per_image[i].tolist()],
                "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
     path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"
-    util.write_json(path, report)
+    runs.write_json(path, report)
     raise UserError(f"loss is not finite at step {step}; images {[r['image_id'] for r in report][:5]} and their boxes "
                     f"are in {path}. Lower --lr, or check the data with python data.py check")
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
 
-def stage(folder, deps):
-    """Opens a stage's folder. Returns its record if it is finished, None if it is to be run or resumed; refuses when
-    what it depends on is no longer what it was begun with."""
-    path = Path(folder) / "stage.json"
-    if path.exists():
-        record = json.loads(path.read_text())
-        changed = [f"{k}: {record['deps'].get(k)} -> {deps.get(k)}" for k in {**record["deps"], **deps}
-                   if record["deps"].get(k) != json.loads(json.dumps(deps.get(k)))]
-        if changed:
-            raise UserError(f"{folder} was begun with other settings ({'; '.join(changed)}); give another --out, or "
-                            "delete that folder")
-        return record if "result" in record else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    util.write_json(path, {"deps": deps})
-    return None
+def trained(folder, parts, start_from, c, deps, val, run, log):
+    """A training stage: train, score on the validation set, remember -> {"AP": ..., "seconds", "weights": hash}.
 
-
-def finish(folder, deps, result):
-    util.write_json(Path(folder) / "stage.json", {"deps": deps, "result": result})
-    return result
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def trained(folder, parts, counts, steps, start_from, c, deps, val, run, log):
-    """A training stage: train, score on the validation set, remember. Returns its record {"AP": ..., "weights": hash}."""
-    deps = {**deps, "steps": steps, "images_per_step": counts}
-    if record := util.rank0_first(lambda: stage(folder, deps)):
-        log.say(f"{folder}: finished before, AP {record['result']['AP']:.3f}")
-        return record["result"]
+    deps: all it depends on, among them "steps" and "images_per_step" (one number per part).
+    """
+    if result := util.rank0_first(lambda: runs.stage(folder, deps)):
+        log.say(f"{folder}: finished before, AP {result['AP']:.3f}")
+        return result
+    steps, counts = deps["steps"], deps["images_per_step"]
+    rank, ranks, device, dtype = run
     net = build(c, len(val.class_ids))
     if start_from:
-        net.load_state_dict(util.load_checkpoint(start_from)["model"])
+        net.load_state_dict(runs.load_checkpoint(start_from)["model"])
     elif c["init"] != "random":
         log.say(initialise(net.backbone, c["init"]))
-    net.to(run[2])
-    lr = scaled_lr(c)
-    log.say(f"{folder}: {steps} steps of {' + '.join(map(str, counts))} images in {c['accumulate']} pieces on {run[1]} "
-            f"processes, {c['optimizer']} lr {lr:.4g} (given {c['lr']:g} at batch {c['ref_batch']}), "
-            f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {str(run[3])[6:]} on {run[2]}")
-    if run[1] > 1 and run[2].type == "cpu" and c["norm"] == "bn":
-        log.say("note: batch norm sees one process's images only on CPU; --norm gn gives what one process would")
+    net.to(device)
+    log.say(f"{folder}: {steps} steps of {' + '.join(map(str, counts))} images in {c['accumulate']} pieces on {ranks} "
+            f"processes, {c['optimizer']} lr {scaled_lr(c):.4g} (given {c['lr']:g} at batch {c['ref_batch']}), "
+            f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {str(dtype)[6:]} on {device}")
+    if ranks > 1 and device.type == "cpu" and c["norm"] == "bn":
+        log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
     began = time.time()
     train(folder, net, parts, counts, steps, c, run, log)
-    result = {**evaluate(net, c, val, run), "seconds": round(time.time() - began, 1)}
-    if result["AR100"] == 0:
-        log.say(f"warning: {folder} finds nothing: scores have not left their starting value. Train longer, or check "
-                "the labels in first_batch.png")
-    result["weights"] = digest([hashlib.sha256(v.detach().float().cpu().numpy().tobytes()).hexdigest()
-                                for v in net.state_dict().values()])
+    result = {**evaluate(net, c, val, run, log), "seconds": round(time.time() - began, 1),
+              "weights": runs.digest_weights(net.state_dict())}
     log.say(f"{folder}: AP {result['AP']:.3f} AP50 {result['AP50']:.3f} on {len(val)} validation images "
             f"({result['seconds']:.0f} s)")
-    return util.rank0_first(lambda: finish(folder, deps, result))
+    return util.rank0_first(lambda: runs.finish(folder, deps, result))
 
 
-def evaluate(net, c, val, run):
+def evaluate(net, c, val, run, log):
+    """COCO metrics of net on val, the same on every process."""
     rank, ranks, device, dtype = run
     found = evaluation.detect_all(net, anchors_for(c, device), val, c["image_size"], EVAL_BATCH, device, dtype,
                                   c["workers"])
-    return util.rank0_first(lambda: evaluation.coco_ap(val.annotation_file, found, val.ids, val.class_ids))
+    bad = [d["bad"] for d in found.values() if "bad" in d]
+    for text in bad[:5]:
+        log.say(f"warning: not scored: {text}")
+    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
+        raise UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run python data.py check")
+    metrics = util.rank0_first(lambda: evaluation.coco_ap(val.annotation_file, found, val.ids, val.class_ids))
+    if metrics["AP"] < 0:
+        log.say(f"note: {val.annotation_file} has no object to find; AP is undefined and given as -1")
+    elif metrics["AR100"] == 0:
+        log.say("warning: nothing is found: scores have not left their starting value. Train longer, or look at "
+                "first_batch.png to see whether the labels are right")
+    return metrics
 
 
-def labelled_by(folder, teacher, c, paths, held, train_boxes, deps, run, log):
-    """The pseudo-label stage: choose the threshold, label, audit. Returns {"threshold", "images", "boxes", ...}."""
-    if record := util.rank0_first(lambda: stage(folder, deps)):
-        return record["result"]
-    state, threshold = util.load_checkpoint(teacher), c["threshold"]
+def labelled_by(folder, teacher, c, paths, held, boxes_per_image, deps, run, log):
+    """The pseudo-label stage: choose the threshold, label, count -> {"threshold", "images", "with_boxes", "boxes", ...}.
+
+    boxes_per_image: of the labelled set, to see whether enough is kept; deps leave the threshold out, since choosing
+    another one costs no new detection.
+    """
+    asked, (rank, ranks, device, dtype) = c["threshold"], run
+    floor = FLOOR if asked == "auto" else min(FLOOR, float(asked))
+    result = util.rank0_first(lambda: runs.stage(folder, deps))
+    if result and result["asked"] == asked:
+        return result
+    state = runs.load_checkpoint(teacher)
     net = build(c, len(state["class_ids"]))
     net.load_state_dict(state["model"])
-    net.to(run[2])
+    net.to(device)
     curve = []
     if len(held):
-        found = evaluation.detect_all(net, anchors_for(c, run[2]), held, c["image_size"], EVAL_BATCH, run[2], run[3],
+        found = evaluation.detect_all(net, anchors_for(c, device), held, c["image_size"], EVAL_BATCH, device, dtype,
                                       c["workers"])
         curve = evaluation.precision_recall(*evaluation.match_detections(found, held), evaluation.THRESHOLDS)
-    value = evaluation.best_threshold(curve) if threshold == "auto" else float(threshold)
-    pseudo_label(folder, net, paths, c, run, log)
-
-    def merge():
-        info = {"teacher": str(teacher), "teacher_step": state["step"], "classes": state["class_names"]}
-        stats = data.merge_pseudo(folder, Path(folder) / "pseudo.json", value, state["class_ids"], state["class_names"],
-                                  info)
-        return {"threshold": value, **stats, "held_out": curve}
-    result = util.rank0_first(merge)
-    per_image = result["boxes"] / max(result["images"], 1)
-    log.say(f"{folder}: threshold {value:.2f} ({threshold}) keeps {result['boxes']} boxes, {per_image:.2f} an image "
-            f"(labelled images have {train_boxes:.2f}); {1 - result['with_boxes'] / max(result['images'], 1):.0%} of "
+    threshold = evaluation.best_threshold(curve) if asked == "auto" else float(asked)
+    pseudo_label(folder, net, paths, floor, c, run, log)
+    info = {"teacher": str(teacher), "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
+            "classes": state["class_names"]}
+    result = util.rank0_first(lambda: {"asked": asked, "threshold": threshold, "held_out": curve, **data.merge_pseudo(
+        folder, Path(folder) / "pseudo.json", threshold, state["class_ids"], state["class_names"], info)})
+    kept = result["boxes"] / max(result["images"], 1)
+    log.say(f"{folder}: threshold {threshold:.2f} ({asked}) keeps {result['boxes']} boxes, {kept:.2f} an image (labelled "
+            f"images have {boxes_per_image:.2f}); {1 - result['with_boxes'] / max(result['images'], 1):.0%} of "
             f"{result['images']} images keep none and are left out; {result['bad']} unusable images")
     log.say("  per class: " + ", ".join(f"{k} {v}" for k, v in result["per_class"].items()))
-    if per_image < 0.02 * train_boxes:
+    if kept < 0.02 * boxes_per_image or not result["boxes"]:
         advice = f"--threshold {evaluation.best_threshold(curve):.2f} has the best F1 on held-out labels" if curve else \
             "lower --threshold, or use --threshold auto"
         raise UserError(f"{folder} is (almost) empty: {result['boxes']} boxes on {result['images']} images at threshold "
-                        f"{value:.2f}. The teacher is too weak; train it longer, or {advice}")
-    return util.rank0_first(lambda: finish(folder, deps, result))
+                        f"{threshold:.2f}. The teacher is too weak; train it longer, or {advice}")
+    return util.rank0_first(lambda: runs.finish(folder, deps, result))
 
 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
@@ -443,13 +434,13 @@ EVAL_BATCH = 16
 
 def main(argv=None):
     flags, given = util.parse_flags(Config, __doc__, HELP, argv)
-    rank, ranks, device = util.setup()
+    rank, ranks, device = util.setup(workers=flags.workers)
     run = (rank, ranks, device, util.precision(flags.precision, device))
     if flags.mode in ("pseudo", "eval"):
         return use_checkpoint(flags, run)
     c = settings(flags, ranks)
     out = Path(flags.out)
-    util.rank0_first(lambda: util.claim(out))
+    util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", rank)
 
     train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
@@ -459,39 +450,41 @@ def main(argv=None):
         train_json, everything.ids, flags.labeled, flags.seed)
     human, held, rest = data.apply_split(split, everything, hold_out=c["threshold"] == "auto")
     paths = unlabelled_paths(flags, rest, everything, val, log) if flags.mode == "run" else []
-    if rank == 0:
-        util.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
-        util.write_json(out / "split.json", split)
+    if rank == 0 and not (out / "config.json").exists():  # a command that is refused further on leaves no trace
+        runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
+        runs.write_json(out / "split.json", split)
     log.say(f"{out}: {len(human)} labelled images to train on, {len(held)} held out, {len(paths)} unlabelled, {len(val)} "
             f"for validation; classes {', '.join(everything.class_names)}")
     for file, found in ((train_json, everything), (val_json, val)):
         for reason, n in found.dropped.items():
             log.say(f"warning: {n} boxes of {file} dropped: {reason}")
 
-    # What a stage depends on. Where the files lie, how fast they are loaded and how often is saved do not matter.
-    deps = {k: v for k, v in c.items() if k not in ("workers", "save_every", "accumulate", "steps", "student_steps", "alpha")}
-    deps.update(precision=str(run[3]), annotations=split["annotations_sha256"], split=digest(split["labeled"]))
-    results = {"teacher": trained(out / "teacher", [human], [c["batch"]], c["steps"], "", c, deps, val, run, log)}
-    teacher = out / "teacher"
+    # What a stage depends on. Where files lie, how fast they are read and how often is saved do not matter.
+    same = {k: v for k, v in c.items() if k not in ("workers", "save_every", "accumulate", "steps", "student_steps", "alpha",
+                                                    "threshold")}
+    same.update(precision=str(run[3]), annotations=split["annotations_sha256"], split=runs.digest(split["labeled"]),
+                held_out=len(held))
+    results = {"teacher": trained(out / "teacher", [human], "", c, {
+        **same, "steps": c["steps"], "images_per_step": [c["batch"]]}, val, run, log)}
+    teacher = "teacher"
     for k in range(flags.rounds if flags.mode == "run" else 0):
         suffix = "" if k == 0 else str(k + 1)
-        folder = out / f"pseudo{suffix}"
-        source = {"teacher": results[teacher.name]["weights"], "threshold": c["threshold"],
-                  "unlabeled": digest([hashlib.sha256(paths.tobytes()).hexdigest()])}
-        pseudo_deps = {**source, "image_size": c["image_size"], "precision": str(run[3])}
-        labels = labelled_by(folder, teacher, c, paths, held, len(human.boxes) / max(len(human), 1), pseudo_deps, run, log)
-        pseudo = data.load_coco(folder / "pseudo.json", labels["root"], everything.class_ids)
-        start = teacher if flags.student_init == "teacher" else ""
-        student_deps = {**deps, **source, "threshold": labels["threshold"], "student_init": flags.student_init}
-        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], [c["batch"], c["batch"]],
-                                              c["student_steps"], start, c, {**student_deps, "alpha": c["alpha"]}, val, run, log)
+        start = out / teacher if flags.student_init == "teacher" else ""
+        source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
+        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human), {
+            **source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
+        pseudo = data.load_coco(out / f"pseudo{suffix}/pseudo.json", labels["root"], everything.class_ids)
+        after = {**same, "steps": c["student_steps"], "teacher": source["teacher"], "student_init": flags.student_init}
+        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c, {
+            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"],
+            "images_per_step": [c["batch"], c["batch"]]}, val, run, log)
         if flags.control:  # same start, steps and images per step, but no pseudo-labels
-            results[f"control{suffix}"] = trained(
-                out / f"control{suffix}", [human], [2 * c["batch"]], c["student_steps"], start, c,
-                {**deps, "teacher": source["teacher"], "student_init": flags.student_init}, val, run, log)
-        teacher = out / f"student{suffix}"
+            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start, c, {
+                **after, "images_per_step": [2 * c["batch"]]}, val, run, log)
+        teacher = f"student{suffix}"
     if rank == 0:
-        util.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
+        runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
+        runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
         show.report(out)
         print(table(results), f"written: {out}/results.json, {out}/report.html", sep="\n")
 
@@ -510,13 +503,18 @@ def settings(flags, ranks):
     c = dict(RECIPES[flags.recipe])
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("aug", "alpha", "init", "norm", "seed", "accumulate", "workers", "save_every")})
-    c["student_steps"] = flags.student_steps or (flags.steps or c["student_steps"])
+    if flags.student_steps is None and flags.steps is not None:
+        c["student_steps"] = flags.steps
+    for name in ("steps", "student_steps", "batch", "accumulate"):
+        if c[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} {c[name]} is not a positive number; give 1 or more")
     if c["backbone"] not in BACKBONES:
         raise UserError(f"--backbone {c['backbone']} does not exist; there are {', '.join(BACKBONES)}")
     if c["image_size"] % 32 or c["image_size"] <= 0:
         raise UserError(f"--image-size {c['image_size']} is not a multiple of 32; use {max(32, c['image_size'] // 32 * 32)}")
-    if c["batch"] % (ranks * c["accumulate"]) or c["batch"] <= 0:
-        raise UserError(f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate {c['accumulate']}")
+    if c["batch"] % (ranks * c["accumulate"]):
+        raise UserError(f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate {c['accumulate']}; use a "
+                        f"multiple of {ranks * c['accumulate']}")
     if not 0 < flags.labeled <= 1:
         raise UserError(f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1")
     if c["threshold"] != "auto" and not _is_probability(c["threshold"]):
@@ -534,7 +532,10 @@ def _is_probability(text):
 def locate(flags):
     if flags.data == "coco":
         return data.coco_layout(flags.root)
-    return data.coco_layout(world.build(flags.root, "det"))
+    try:
+        return data.coco_layout(world.build(flags.root, "det"))
+    except FileExistsError as error:
+        raise UserError(f"{error}; give another --root for the embedded world")
 
 
 def unlabelled_paths(flags, rest, everything, val, log):
@@ -562,14 +563,15 @@ def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
-    state = util.load_checkpoint(flags.ckpt)
+    state = runs.load_checkpoint(flags.ckpt)
     c = {**state["config"], "workers": flags.workers}
     net = build(c, len(state["class_ids"]))
     net.load_state_dict(state["model"])
     net.to(run[2])
     if flags.mode == "eval":
         _, _, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-        metrics = evaluate(net, c, data.load_coco(val_json, val_dir, state["class_ids"]), run)
+        log = util.Log(None, run[0])
+        metrics = evaluate(net, c, data.load_coco(val_json, val_dir, state["class_ids"]), run, log)
         if run[0] == 0:
             print(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val_json}")
             print(json.dumps(metrics, indent=1))
@@ -577,14 +579,14 @@ def use_checkpoint(flags, run):
     if not flags.unlabeled:
         raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
     out = Path(flags.out)
-    util.rank0_first(lambda: util.claim(out))
+    util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", run[0])
     threshold = flags.threshold if flags.threshold not in (None, "auto") else "0.5"
     if not _is_probability(threshold):
         raise UserError(f"--threshold {threshold} is not a number between 0 and 1")
     paths = data.list_images(flags.unlabeled)
-    deps = {"teacher": digest([v.sum().item() for v in state["model"].values()]), "threshold": threshold,
-            "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest(), "precision": str(run[3])}
+    deps = {"teacher": runs.digest_weights(state["model"]), "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest(),
+            "precision": str(run[3])}
     labelled_by(out, flags.ckpt, {**c, "threshold": threshold}, paths, [], 0.0, deps, run, log)
     log.say(f"written: {out}/pseudo.json")
 

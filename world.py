@@ -29,19 +29,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 2  # raise it with any change that alters an image: caches are then drawn afresh
+VERSION = 1  # raise it with any change that alters an image: caches are then drawn afresh
 SEED = 2020
 
 # name, COCO-style category id (with gaps, as in COCO; None: never annotated), largest rotation in degrees.
 CAST = [
     ("ring",        1, 180),
     ("button",      2, 180),   # a disc with four holes
-    ("triangle",    3, 45),
-    ("star",        5, 45),
+    ("triangle",    3,  30),
+    ("star",        5,  30),
     ("cross",       8,  30),
-    ("crescent",   13, 45),
+    ("crescent",   13,  30),
     ("window",     21,  30),   # a rectangle with 2 x 2 panes cut out
-    ("arrow",      34, 45),
+    ("arrow",      34,  30),
     ("heart",    None,  60),   # from here on: known to `single`, unknown to `det`
     ("hourglass", None, 180),
     ("frame",    None,  30),   # a window without bars
@@ -64,8 +64,8 @@ PARTS = {
 THING_SIDE = (22, 60)   # px, things of no class
 SEEN = 0.4       # an object keeps at least this share of its pixels in view, else its place, or its occluder's, is redrawn
 SMALLEST = 6     # and what is in view is at least this wide and high, in pixels
-CONTRAST = 30    # smallest difference in brightness, of 255, between an object's colours and the mean of what it covers
-FILLS = ["plain", "plain", "ramp", "ramp", "stripes", "stripes", "clouds", "tiles", "dots"]
+CONTRAST = 60    # smallest difference in brightness, of 255, between an object's colours and the mean of what it covers
+FILLS = ["plain", "plain", "plain", "ramp", "ramp", "ramp", "stripes", "clouds", "tiles", "dots"]
 OVERSAMPLE = 3   # outlines are filled at this multiple and averaged down
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import runs
 import show
 import util
 
@@ -38,7 +39,7 @@ def write_parts(run, images=6, threshold=.3):
         for i in range(images):
             path = run / "pool" / f"{i}.jpg"
             Image.new("RGB", (64, 48), (60, 90, 120)).save(path)
-            found = dict(boxes=[[8, 20, 20, 20], [40, 20, 16, 16]], labels=[0, 1], scores=[.9, .2])
+            found = dict(boxes=[[8, 20, 20, 20], [40 + i, 20, 16, 16]], labels=[0, 1], scores=[.9, .2])
             empty = dict(boxes=[], labels=[], scores=[])
             f.write(json.dumps({"i": i, "file": str(path), "size": [48, 64], **(found if i < images - 1 else empty)}) + "\n")
         f.write(json.dumps({"i": images, "file": str(run / "pool" / "broken.jpg"), "bad": "cannot identify"}) + "\n")
@@ -48,15 +49,15 @@ def write_parts(run, images=6, threshold=.3):
 def complete_run(run, control=False):
     run.mkdir()
     results = {"teacher": scores(.1234), "student": scores(.2345), **({"control": scores(.2)} if control else {})}
-    util.write_json(run / "results.json", {**results, "command": "st.py", "seed": 0})
-    util.write_json(run / "config.json", {"command": ["st.py", "--out", "a <b>"], "data": "coco", "root": str(run / "set"), "lr": .002})
+    runs.write_json(run / "results.json", {**results, "command": "st.py", "seed": 0})
+    runs.write_json(run / "config.json", {"command": ["st.py", "--out", "a <b>"], "data": "coco", "root": str(run / "set"), "lr": .002})
     lines = [log_line("teacher", s) for s in (20, 40, 60)] + ['{"stage": "pseudo", "step": 6, "of": 6, "images_s": 9.0}']
     lines += [log_line("student", s, pseudo=True) for s in (20, 40, 60)]
     (run / "log.jsonl").write_text("\n".join(lines) + "\n")
     folder = write_parts(run)
     result = data.merge_pseudo(folder, folder / "pseudo.json", .3, [1, 7], NAMES, {})
     held = [{"threshold": t, "precision": .8125, "recall": .4375, "f1": .5625, "kept": 13} for t in (.25, .3, .35)]
-    util.write_json(folder / "stage.json", {"deps": {}, "result": {"threshold": .3, **result, "held_out": held}})
+    runs.write_json(folder / "stage.json", {"deps": {}, "result": {"threshold": .3, **result, "held_out": held}})
     for stage in ("teacher", "student"):
         (run / stage).mkdir()
         Image.new("RGB", (30, 20), "red").save(run / stage / "first_batch.png")
@@ -64,10 +65,10 @@ def complete_run(run, control=False):
     # the labelled set: three boxes of the first class in the labelled image, one of the second elsewhere
     (run / "set").mkdir()
     annotations = [dict(id=k, image_id=1 + (k > 2), category_id=1 if k < 3 else 7, bbox=[1, 1, 9, 9]) for k in range(4)]
-    util.write_json(run / "set" / "train.json", {
+    runs.write_json(run / "set" / "train.json", {
         "images": [dict(id=i, file_name=f"{i}.jpg", width=64, height=48) for i in (1, 2)], "annotations": annotations,
         "categories": [dict(id=1, name=NAMES[0]), dict(id=7, name=NAMES[1])]})
-    util.write_json(run / "split.json", {"labeled": [1], "rest": [2]})
+    runs.write_json(run / "split.json", {"labeled": [1], "rest": [2]})
     return run
 
 
@@ -157,13 +158,13 @@ def test_class_names_are_escaped(tmp_path):
 def test_report_of_a_half_finished_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    util.write_json(run / "config.json", {"command": ["st.py"]})
+    runs.write_json(run / "config.json", {"command": ["st.py"]})
     assert "No stage has been scored yet" in page_of(run).text
     (run / "log.jsonl").write_text(log_line("teacher", 20) + "\n")  # a curve of one point
     (run / "teacher").mkdir()
-    util.write_json(run / "teacher" / "stage.json", {"deps": {}, "result": scores(.1234)})
+    runs.write_json(run / "teacher" / "stage.json", {"deps": {}, "result": scores(.1234)})
     folder = write_parts(run)
-    util.write_json(folder / "stage.json", {"deps": {"threshold": "auto"}})
+    runs.write_json(folder / "stage.json", {"deps": {"threshold": "auto"}})
     with open(folder / "part_0_of_1.jsonl", "a") as f:
         f.write('{"i": 7, "file": "x.jpg", "si')  # killed here
     page = page_of(run)

@@ -1,0 +1,194 @@
+"""The pipeline as a user starts it: it resumes exactly, N processes are one process, and its pieces agree.
+Runs are tiny (64 px, a dozen steps): what is tested is sameness, not accuracy."""
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import st
+import runs
+import util
+from conftest import ROOT
+
+TINY = ["--data", "coco", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--precision", "fp32",
+        "--threshold", "0.0", "--labeled", "0.5", "--norm", "gn", "--lr", "1e-3", "--save-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """A COCO folder of 24 training and 8 validation images of dark and bright squares."""
+    root, rng = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    for split, n, first in (("train", 24, 1), ("val", 8, 101)):
+        images, annotations = [], []
+        for i in range(first, first + n):
+            pixels = rng.integers(90, 160, (64, 64, 3), dtype=np.uint8)
+            for _ in range(2):
+                x, y, side, bright = *rng.integers(0, 40, 2), rng.integers(12, 24), rng.integers(2)
+                pixels[y:y + side, x:x + side] = 250 if bright else 5
+                annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 3 + 4 * int(bright), "iscrowd": 0,
+                                    "bbox": [int(x), int(y), int(side), int(side)], "area": int(side) ** 2})
+            Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
+        categories = [{"id": 3, "name": "dark"}, {"id": 7, "name": "bright"}]
+        (root / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return root
+
+
+def start(*args, processes=1, script="st.py"):
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+                                   str(random.randint(20000, 60000))] if processes > 1 else [])
+    return subprocess.run([*command, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+
+
+def records(run, stage):
+    lines = [json.loads(line) for line in open(run / "log.jsonl")]
+    return {line["step"]: line for line in lines if line["stage"] == stage}
+
+
+@pytest.fixture(scope="module")
+def finished(squares, tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = start(*TINY, "--root", squares, "--out", out, "--workers", "1", "--control")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def weights(run, stage):
+    return runs.load_latest(run / stage)["model"]
+
+
+def test_results_name_every_stage_and_the_command(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert {"teacher", "student", "control"} <= set(results) and "st.py" in results["command"]
+    for stage in ("teacher", "student", "control"):
+        assert 0 <= results[stage]["AP"] <= 1 and results[stage]["weights"]
+    assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_control_sees_the_students_images_per_step_and_starts_where_it_does(finished):
+    student, control = (json.loads((finished / s / "stage.json").read_text())["deps"] for s in ("student", "control"))
+    assert sum(student["images_per_step"]) == sum(control["images_per_step"]) == 8
+    assert student["steps"] == control["steps"] and student["teacher"] == control["teacher"]
+
+
+KILLER = '''
+import os, signal, sys
+import torch
+sys.path.insert(0, {root!r})
+import ops, st, util
+left = {event}
+def counted(f):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*args, **kwargs)
+    return call
+torch.optim.AdamW.step = counted(torch.optim.AdamW.step)   # in training
+os.fsync = counted(os.fsync)                               # inside a save: written, not yet renamed
+os.replace = counted(os.replace)
+ops.detect = counted(ops.detect)                           # in evaluation and pseudo-labelling
+util.run(st.main)
+print("events", {event} - left)
+'''
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_bits(squares, finished, tmp_path):
+    args = [*map(str, TINY), "--root", str(squares), "--out", str(tmp_path / "run"), "--workers", "0", "--control"]
+    rng, kills = random.Random(0), 0
+    saves = [6, 14]  # events 6 and 14 of a fresh start: the fsync and the rename of early saves, besides random ones
+    for event in saves + [rng.randint(1, 40) for _ in range(3)]:
+        script = tmp_path / "killer.py"
+        script.write_text(KILLER.format(root=str(ROOT), event=event))
+        ended = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True,
+                               env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+        assert ended.returncode in (-signal.SIGKILL, 0), ended.stderr
+        kills += ended.returncode == -signal.SIGKILL
+    assert kills == 5
+    done = start(*args)
+    assert done.returncode == 0, done.stderr
+    for stage in ("teacher", "student", "control"):
+        a, b = weights(finished, stage), weights(tmp_path / "run", stage)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), stage
+    assert (finished / "pseudo/pseudo.json").read_text().replace(str(finished), "") == \
+        (tmp_path / "run/pseudo/pseudo.json").read_text().replace(str(tmp_path / "run"), "")
+
+
+def test_sigterm_saves_and_exits_143(squares, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "st.py"), *TINY, "--root", str(squares), "--out", str(out), "--workers",
+                                "0", "--steps", "100000", "--save-every", "100000"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("teacher 2/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    assert runs.load_latest(out / "teacher")["step"] >= 2
+
+
+def test_two_processes_are_one(squares, finished, tmp_path):
+    """Same split, the first ten losses to 1e-4; then, from one checkpoint, the same pseudo-labels and the same AP."""
+    two = tmp_path / "two"
+    done = start(*TINY, "--root", squares, "--out", two, "--workers", "0", "--mode", "train", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (two / "split.json").read_text() == (finished / "split.json").read_text()
+    one, other = records(finished, "teacher"), records(two, "teacher")
+    for step in range(1, 11):
+        for term in ("cls", "box"):
+            assert one[step][term] == pytest.approx(other[step][term], abs=1e-4), (step, term)
+
+    scores, labels = [], []
+    for n in (1, 2):
+        done = start("--mode", "eval", "--ckpt", finished / "student", "--data", "coco", "--root", squares, "--workers", "0",
+                     "--precision", "fp32", processes=n)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout[done.stdout.index("{"):]))
+        out = tmp_path / f"labels{n}"
+        done = start("--mode", "pseudo", "--ckpt", finished / "teacher", "--unlabeled", squares / "images", "--out", out,
+                     "--threshold", "0.0", "--workers", "0", "--precision", "fp32", processes=n)
+        assert done.returncode == 0, done.stderr
+        labels.append((out / "pseudo.json").read_text())
+    assert scores[0] == scores[1] and scores[0]["AP"] >= 0
+    assert labels[0] == labels[1] and '"score"' in labels[0]
+
+
+def test_student_losses_match_over_processes_too(squares, finished, tmp_path):
+    """The joint loss (averages, normalisers, both halves) does not depend on how a step is spread: two processes with
+    two micro-batches each follow one process."""
+    out = tmp_path / "two"
+    done = start(*TINY, "--root", squares, "--out", out, "--workers", "0", "--accumulate", "2", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, other = records(finished, "student"), records(out, "student")
+    for term in ("cls", "box", "cls_pseudo", "box_pseudo"):
+        assert one[1][term] == pytest.approx(other[1][term], rel=2e-2), term
+
+
+def test_lr_schedule_warms_up_and_ends_at_zero():
+    values = [st.lr_at(s, 100, 1.0, 10) for s in range(101)]
+    assert values[0] == pytest.approx(0.01) and max(values) == values[10] == 1.0 and values[100] == pytest.approx(0)
+    assert all(a < b for a, b in zip(values[:10], values[1:11])) and all(a > b for a, b in zip(values[10:], values[11:]))
+
+
+def test_lr_follows_the_batch():
+    row = dict(lr=0.4, ref_batch=256, batch=64)
+    assert st.scaled_lr({**row, "optimizer": "sgd"}) == pytest.approx(0.1)
+    assert st.scaled_lr({**row, "optimizer": "adamw"}) == pytest.approx(0.2)
+
+
+def test_installing_the_project_installs_no_module():
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["py-modules"] == []
+    names = {d.split(">")[0] for d in project["project"]["dependencies"]}
+    assert names == {"torch", "torchvision", "numpy", "pycocotools", "pillow"}
