@@ -94,20 +94,21 @@ def read_json(path, what, keys=("images", "annotations", "categories")):
     return value
 
 
-def load_coco(path, image_dir, class_ids=None, strict=False):
-    """A COCO detection json as Detections. class_ids: the categories a network was trained on; others are refused.
+def load_coco(path, image_dir, class_ids=None, class_names=None, strict=False):
+    """A COCO detection json as Detections. class_ids, class_names: the categories a network is trained on; others are
+    refused.
 
     Boxes with no area, outside the image or of unknown category or image are dropped and counted (strict: UserError);
     boxes reaching over the border are clipped. UserError also for files that are no COCO json.
     """
     try:
-        return _load_coco(path, image_dir, class_ids, strict)
+        return _load_coco(path, image_dir, class_ids, class_names, strict)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a COCO annotation file: an image, annotation or category lacks a field or has one of "
                         f"the wrong kind ({type(error).__name__}: {error}); see the COCO data format")
 
 
-def _load_coco(path, image_dir, class_ids, strict):
+def _load_coco(path, image_dir, class_ids, class_names, strict):
     value = read_json(path, "annotation file")
     categories = sorted(value["categories"], key=lambda c: c["id"])
     own = [c["id"] for c in categories]
@@ -115,16 +116,21 @@ def _load_coco(path, image_dir, class_ids, strict):
         raise UserError(f"{path} has {'two categories of the same id' if own else 'no category'}; mend its 'categories'")
     if class_ids is not None and list(class_ids) != own:
         odd = sorted(set(class_ids) ^ set(own))
-        raise UserError(f"{path} has other categories than the checkpoint (ids in only one of them: {odd[:5]}); "
-                        "use the annotation file the network was trained with")
+        raise UserError(f"{path} has other categories than the network is trained on (ids in only one of them: {odd[:5]}); "
+                        "use annotation files that belong together")
+    names = [c.get("name", str(c["id"])) for c in categories]
+    odd = [f"{a} / {c['name']}" for a, c in zip(class_names or (), categories) if a != c.get("name", a)]
+    if odd:
+        raise UserError(f"{path} has other category names than the network is trained on ({', '.join(odd[:3])}); check --data "
+                        "and --root")
     images = sorted(value["images"], key=lambda im: im["id"])
     ids = np.array([im["id"] for im in images], dtype=np.int64)
     if len(ids) == 0:
         raise UserError(f"{path} lists no image; nothing can be trained or scored with it")
     if len(np.unique(ids)) != len(ids):
         raise UserError(f"{path} gives the image id {ids[:-1][ids[1:] == ids[:-1]][0]} twice; ids must be unique")
-    names = [im["file_name"] for im in images]
-    _stay_inside(names, path, image_dir)
+    files = [im["file_name"] for im in images]
+    _stay_inside(files, path, image_dir)
     sizes = np.array([[im["height"], im["width"]] for im in images], dtype=np.int32).reshape(-1, 2)
 
     rows = value["annotations"]
@@ -148,12 +154,12 @@ def _load_coco(path, image_dir, class_ids, strict):
         keep &= ~bad
     order = np.flatnonzero(keep)[np.argsort(where[keep], kind="stable")]  # boxes grouped by image
     return Detections(
-        root=str(image_dir), files=np.array([os.fsencode(n) for n in names], dtype=np.bytes_), ids=ids, sizes=sizes,
+        root=str(image_dir), files=np.array([os.fsencode(f) for f in files], dtype=np.bytes_), ids=ids, sizes=sizes,
         start=np.concatenate([[0], np.cumsum(np.bincount(where[order], minlength=len(ids)))]).astype(np.int64),
         boxes=np.concatenate([low, high], 1)[order].astype(np.float32), labels=label[order],
         scores=np.array([a.get("score", 1.0) for a in rows], dtype=np.float32)[order],
         crowd=np.array([bool(a.get("iscrowd", 0)) for a in rows], dtype=bool)[order],
-        class_ids=own, class_names=[c.get("name", str(c["id"])) for c in categories], annotation_file=str(path),
+        class_ids=own, class_names=names, annotation_file=str(path),
         dropped=dropped)
 
 
@@ -261,12 +267,16 @@ def without_leaks(paths, *labelled):
 HOLD_OUT = 10  # every 10th labelled image may be held out to choose the pseudo-label threshold
 
 
+def file_digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def make_split(annotation_file, ids, fraction, seed):
     """Which images count as labelled: a dict for json. Nested: 20% is contained in 50% of the same seed, and the
     held-out tenth of the 20% in that of the 50%. Image ids, not positions, so that it survives re-ordering."""
     order = np.random.default_rng(seed).permutation(np.sort(np.asarray(ids)))
     count = max(1, round(fraction * len(order)))
-    return {"annotations_sha256": hashlib.sha256(Path(annotation_file).read_bytes()).hexdigest(),
+    return {"annotations_sha256": file_digest(annotation_file),
             "fraction": fraction, "seed": seed, "labeled": order[:count].tolist(), "rest": order[count:].tolist()}
 
 
@@ -277,7 +287,7 @@ def read_split(path, annotation_file):
         split = None
     if not (isinstance(split, dict) and {"annotations_sha256", "labeled", "rest"} <= split.keys()):
         raise UserError(f"{path} is not a label split; make one with python data.py split")
-    if split["annotations_sha256"] != make_split(annotation_file, [0], 1, 0)["annotations_sha256"]:
+    if split["annotations_sha256"] != file_digest(annotation_file):
         raise UserError(f"{path} was made for another version of {annotation_file}; make it anew with python data.py split")
     return split
 

@@ -4,6 +4,7 @@ Every process detects on its share of the images; rank 0 scores with pycocotools
 ranks get the same numbers. AP is COCO's: mean over IoU 0.5:0.05:0.95 and classes, in 0..1, -1 where undefined.
 """
 import contextlib
+import functools
 import io
 
 import numpy as np
@@ -17,18 +18,22 @@ import ops
 import util
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCOeval's order
+BATCH = 16  # images at a time; the same everywhere, since the arithmetic of a batch may depend on its size
 
 
 def normalise(images, device):
     """uint8 (B, 3, H, W) from the loader -> float32 on the device, ImageNet mean and std, channels_last."""
-    x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float()
-    mean = torch.tensor([123.675, 116.28, 103.53], device=device).view(1, 3, 1, 1)
-    std = torch.tensor([58.395, 57.12, 57.375], device=device).view(1, 3, 1, 1)
-    return (x - mean) / std
+    mean, std = _imagenet(device)
+    return (images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() - mean) / std
+
+
+@functools.lru_cache
+def _imagenet(device):  # made once: creating a tensor on a GPU from numbers waits for it
+    return [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])]
 
 
 @torch.no_grad()
-def detections(model, anchors, source, index, size, batch, device, dtype, workers=0, min_score=0.05):
+def detections(model, anchors, source, index, size, device, dtype, workers=0, min_score=0.05, batch=BATCH):
     """Detects on images source[index]; yields (i, {"boxes" (n, 4) in the file's pixels, "scores", "labels", "size"})
     as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode."""
     model.eval()
@@ -51,16 +56,33 @@ def detections(model, anchors, source, index, size, batch, device, dtype, worker
         done += batch
 
 
-def detect_all(model, anchors, source, size, batch, device, dtype, workers=0):
+def detect_all(model, anchors, source, size, device, dtype, workers=0):
     """detections() over a whole set, shared among the processes -> {i: detections} on every rank."""
     rank, size_of_world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = list(range(rank, len(source), size_of_world))
-    found = dict(detections(model, anchors, source, mine, size, batch, device, dtype, workers))
+    found = dict(detections(model, anchors, source, mine, size, device, dtype, workers))
     if size_of_world > 1:
         shares = [None] * size_of_world
         dist.all_gather_object(shares, found)
         found = {i: d for share in shares for i, d in share.items()}
     return dict(sorted(found.items()))
+
+
+def evaluate(model, anchors, val, size, workers, run, log):
+    """COCO metrics of a detector on val (Detections), the same on every process. run: (rank, processes, device, dtype)."""
+    found = detect_all(model, anchors, val, size, run[2], run[3], workers)
+    bad = [d["bad"] for d in found.values() if "bad" in d]
+    for text in bad[:5]:
+        log.say(f"warning: its objects count as missed: {text}")
+    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
+        raise util.UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run python data.py check")
+    metrics = util.rank0_first(lambda: coco_ap(val.annotation_file, found, val.ids, val.class_ids))
+    if metrics["AP"] < 0:
+        log.say(f"note: {val.annotation_file} has no object to find; AP is undefined and given as -1")
+    elif metrics["AR100"] == 0:
+        log.say("warning: nothing is found: scores have not left their starting value. Train longer, or look at "
+                "first_batch.png to see whether the labels are right")
+    return metrics
 
 
 def coco_ap(annotation_file, detected, ids, class_ids):
@@ -138,7 +160,8 @@ THRESHOLDS = np.arange(0.05, 0.96, 0.05)
 
 
 def best_threshold(rows):
-    """The rule behind --threshold auto: the highest threshold among those with the best F1 on held-out labels.
-    F1 keeps about as many boxes as there are objects, which is what a student's targets should look like."""
-    top = max(row["f1"] for row in rows)
-    return max(row["threshold"] for row in rows if row["f1"] >= top - 1e-9)
+    """The rule behind --threshold auto: the highest threshold among those with the best F1 on held-out labels, None if
+    nothing right is found at any. F1 keeps about as many boxes as there are objects, which is what a student's targets
+    should look like."""
+    top = max((row["f1"] for row in rows), default=0)
+    return max(row["threshold"] for row in rows if row["f1"] >= top - 1e-9) if top > 0 else None

@@ -100,15 +100,15 @@ _held = {}
 
 def claim(folder):
     """Locks a run directory for this process; the lock goes with the process, however that ends."""
+    if folder.resolve() in _held:  # by this very process
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise UserError(f"{folder} cannot be used as run directory ({error.strerror}); give another --out")
-    if folder.resolve() in _held:  # by this very process
-        return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked loader workers would keep that one alive
     except OSError:
         raise UserError(f"{folder} is in use by another process; wait for it, or give another --out")
     _held[folder.resolve()] = lock

@@ -70,7 +70,8 @@ class Config:
     optimizer: str = None
     accumulate: int = 1
     precision: str = "auto"
-    workers: int = 1
+    device: str = "auto"
+    workers: int = -1
     save_every: int = 0
 
 
@@ -87,13 +88,13 @@ HELP = {
         "split": "label split written by 'data.py split' instead of --labeled and --seed",
         "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
     "method": {
-        "recipe": "row of RECIPES: tiny (minutes on a CPU) or coco-r50 (the paper's); flags override its fields",
+        "recipe": "row of RECIPES: tiny (minutes on a CPU) or coco-r50 (COCO on many GPUs); flags override its fields",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter)",
         "alpha": "weight of the pseudo-labels in the joint loss",
         "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
         "rounds": "repetitions of teacher <- student",
-        "control": "also train on from the teacher without pseudo-labels, for the student's steps and images per step"},
+        "control": "also train without pseudo-labels from the student's start, for its steps and images per step"},
     "network": {
         "backbone": "one of " + ", ".join(BACKBONES),
         "init": "random, imagenet, or a checkpoint file for the backbone",
@@ -105,19 +106,21 @@ HELP = {
         "steps": "of the teacher", "student_steps": "of the student (and the control)",
         "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
         "optimizer": "{sgd|adamw} sgd: momentum 0.9",
-        "accumulate": "cut each step's batch into this many pieces: less memory, same result",
+        "accumulate": "cut each step's batch into this many pieces: less memory, same loss (batch norm sees one piece; "
+                      "with --norm gn the same result)",
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
-        "workers": "loader processes per training process",
+        "device": "{auto|cpu|cuda} auto: the GPU if there is one",
+        "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
         "save_every": "steps between checkpoints (0: a tenth of the stage)"},
 }
 
 # One row per recipe. lr is for ref_batch images with human labels a step and scales with the batch.
-# coco-r50: the paper's set-up for EfficientNet-B7 (640 px, batch 256, lr 0.32, warm-up 0.0032 -> 0.32 in 1000 steps,
-# weight decay 1e-4: recalled from its Sec. 3), which its ResNet-50 of Table 4 shares; that table's own lr and length
-# are unknown, 120k steps is the paper's length for random init with S4. threshold 0.5: Sec. 3 (recalled).
-# tiny: ours. Objects of 14-60 px want small anchors, few steps want AdamW and quicker batch-norm averages.
+# coco-r50: the paper's recipe for EfficientNet-B7 on a ResNet-50 (640 px, batch 256, lr 0.32, warm-up 0.0032 -> 0.32 in
+# 1000 steps, weight decay 1e-4, 120k steps for random init with S4, threshold 0.5: all recalled). The paper's own lr and
+# length for its ResNet-50 (Table 4) are unknown.
+# tiny: ours. Objects of 22-72 px on a 128 px canvas want small anchors, few steps want AdamW and quicker batch-norm averages.
 RECIPES = {
-    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=1500, student_steps=1500,
+    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=2500, student_steps=800,
                  optimizer="adamw", lr=2e-3, warmup=50, weight_decay=0.05, clip=10.0, threshold="auto",
                  levels=(3, 6), width=64, depth=2, anchor_base=2.0, momentum=0.1),
     "coco-r50": dict(backbone="resnet50", image_size=640, batch=256, ref_batch=256, steps=120_000, student_steps=120_000,
@@ -137,10 +140,17 @@ def lr_at(step, steps, peak, warmup):
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def stage_seed(seed, stage):
+    """Every stage draws its own images and augmentations. If the student saw its teacher's draws again, its human half
+    would teach it less than the control's fresh ones do."""
+    return seed if stage == "teacher" else int(runs.digest([seed, stage]), 16) % 2 ** 31
+
+
 def assign(batch, anchors):
     """What every anchor of a batch should answer -> matched (B, A) as from ops.match, classes (B, A) likewise but with
     class indices, positives (2,): positive anchors under human and under pseudo labels, over all processes."""
-    matched = ops.match(anchors, batch["boxes"], batch["labels"] >= 0)
+    matched = torch.cat([ops.match(anchors, boxes, labels >= 0) for boxes, labels in zip(
+        batch["boxes"].split(8), batch["labels"].split(8))])  # 8 images at a time: all IoUs of a large batch are gigabytes
     labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=-1)  # (B, M+1): gather needs a column if M is 0
     classes = torch.where(matched >= 0, labels.gather(1, matched.clamp(min=0)), matched)
     positives = torch.zeros(2, device=anchors.device).index_add(0, batch["part"], (matched >= 0).sum(1).float())
@@ -166,36 +176,42 @@ def train(folder, net, parts, counts, steps, c, run, log):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         averages, start = state["averages"], state["step"]
-    ddp = distribute(net, device, ranks)
-    loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"],
-                               c["seed"], c["workers"])
+    ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
+    loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
+                               c["workers"])
     stop, meter, quarantine = util.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
     net.train()
     for step, batch in zip(range(start, steps), meter.timed(loader)):
         if step == 0 and rank == 0:
             show.batch_sheet(batch, parts[0].class_names, Path(folder) / "first_batch.png")
-        note_bad(folder, batch["bad"], quarantine, sum(map(len, parts)))
-        torch.manual_seed((c["seed"] * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
-        lr = lr_at(step, steps, scaled_lr(c), c["warmup"])
+        note_bad(folder, batch["bad"], quarantine)
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
+        lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10))
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
         matched, classes, positives = assign(batch, anchors)
-        per_image = []
+        per_image, objective = [], torch.zeros((), device=device)
         for k, rows in enumerate(torch.arange(len(matched), device=device).chunk(c["accumulate"])):
             part = batch["part"][rows]
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits, deltas = ddp(evaluation.normalise(batch["images"][rows], device))  # (B, A, K), (B, A, 4)
-            each = losses_of(logits, deltas, anchors, batch["boxes"][rows], matched[rows], classes[rows], part, positives)
-            human, pseudo = each[part == 0].sum(), each[part == 1].sum()
-            loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"])
             with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits, deltas = ddp(evaluation.normalise(batch["images"][rows], device))  # (B, A, K), (B, A, 4)
+                each = losses_of(logits, deltas, anchors, batch["boxes"][rows], matched[rows], classes[rows], part,
+                                 positives)
+                human, pseudo = each[part == 0].sum(), each[part == 1].sum()
+                loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"])
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
             per_image.append(each.detach())
+            objective += loss.detach()
         per_image = torch.cat(per_image)
         total = torch.zeros(2, 2, device=device).index_add(0, batch["part"], per_image).flatten()
-        total = util.all_sum(torch.cat([total, total.new_tensor([float(stop.asked)])]))
-        cls_h, box_h, cls_p, box_p, stopping = total.tolist()  # the one place a step waits for the device
+        notes = torch.tensor([float(stop.asked), float(len(quarantine))], device=device)
+        total = util.all_sum(torch.cat([total, objective[None], notes]))
+        cls_h, box_h, cls_p, box_p, joint, stopping, unusable = total.tolist()  # waits for the device
         if not math.isfinite(cls_h + box_h + cls_p + box_p):
             fail_nonfinite(folder, step, batch, per_image, rank)
+        if unusable > max(20, sum(map(len, parts)) // 100):
+            raise UserError(f"{unusable:.0f} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
+                            "run python data.py check on the annotation file")
         if c["clip"]:
             torch.nn.utils.clip_grad_norm_(net.parameters(), c["clip"])
         for group in optimizer.param_groups:
@@ -203,16 +219,19 @@ def train(folder, net, parts, counts, steps, c, run, log):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         averages = ops.update_averages(averages, total[0:2].sum().cpu(), total[2:4].sum().cpu())
-        meter.step(step + 1, lr, cls_h, box_h, cls_p, box_p, averages, len(parts))
+        meter.step(step + 1, lr, joint, cls_h, box_h, cls_p, box_p, averages, len(parts))
         last = step + 1 == steps or stopping
         if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
             runs.save_checkpoint(folder, {
                 "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "step": step + 1,
                 "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
-                "class_ids": parts[0].class_ids, "class_names": parts[0].class_names})
+                "class_ids": parts[0].class_ids, "class_names": parts[0].class_names,
+                "boxes_per_image": len(parts[0].boxes) / len(parts[0])})
         if stopping:
             log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
             raise SystemExit(143)
+    for buffer in net.buffers() if ranks > 1 else ():  # batch-norm averages: those of rank 0 are what is saved
+        torch.distributed.broadcast(buffer, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -224,8 +243,8 @@ def pseudo_label(folder, net, paths, floor, c, run, log):
     todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
     began, anchors = time.time(), anchors_for(c, device)
     with open(Path(folder) / f"part_{rank}_of_{ranks}.jsonl", "a", buffering=1) as part:
-        for n, (i, d) in enumerate(evaluation.detections(net, anchors, paths, todo, c["image_size"], EVAL_BATCH, device,
-                                                         dtype, c["workers"], floor)):
+        for n, (i, d) in enumerate(evaluation.detections(net, anchors, paths, todo, c["image_size"], device, dtype,
+                                                         c["workers"], floor)):
             row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
             if "bad" not in d:
                 xywh = np.concatenate([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
@@ -302,27 +321,24 @@ class Meter:
                 return
             yield batch
 
-    def step(self, step, lr, cls_h, box_h, cls_p, box_p, averages, parts):
+    def step(self, step, lr, joint, cls_h, box_h, cls_p, box_p, averages, parts):
         if step > 10 and step % 20 and step != self.steps:
             return
         spent, (avg_h, avg_p) = time.time() - self.began, ops.average_losses(averages)
         pseudo = {"cls_pseudo": cls_p, "box_pseudo": box_p, "avg": float(avg_h), "avg_pseudo": float(avg_p),
                   "ratio": float(avg_h / avg_p.clamp(min=1e-6))} if parts > 1 else {"avg": float(avg_h)}
-        self.log.progress(self.stage, step, self.steps, self.began, self.start, cls=cls_h, box=box_h, **pseudo, lr=lr,
+        self.log.progress(self.stage, step, self.steps, self.began, self.start, loss=joint, cls=cls_h, box=box_h, **pseudo, lr=lr,
                           images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
 
 
-def note_bad(folder, bad, seen, total):
-    """Unusable images are named once, listed in quarantine.txt and replaced by a neighbour; too many end the run."""
+def note_bad(folder, bad, seen):
+    """Unusable images, replaced by a neighbour, are named once and listed in quarantine.txt."""
     for _, text in bad:
         if text not in seen:
             seen.add(text)
             print(f"warning: skipping {text}", file=sys.stderr, flush=True)
             with open(Path(folder) / "quarantine.txt", "a") as f:
                 f.write(text + "\n")
-    if len(seen) > max(20, total // 100):
-        raise UserError(f"{len(seen)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
-                        "run python data.py check on the annotation file")
 
 
 def fail_nonfinite(folder, step, batch, per_image, rank):
@@ -362,36 +378,17 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
         log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
     began = time.time()
     train(folder, net, parts, counts, steps, c, run, log)
-    result = {**evaluate(net, c, val, run, log), "seconds": round(time.time() - began, 1),
+    result = {**evaluation.evaluate(net, anchors_for(c, device), val, c["image_size"], c["workers"], run, log), "seconds": round(time.time() - began, 1),
               "weights": runs.digest_weights(net.state_dict())}
     log.say(f"{folder}: AP {result['AP']:.3f} AP50 {result['AP50']:.3f} on {len(val)} validation images "
             f"({result['seconds']:.0f} s)")
     return util.rank0_first(lambda: runs.finish(folder, deps, result))
 
 
-def evaluate(net, c, val, run, log):
-    """COCO metrics of net on val, the same on every process."""
-    rank, ranks, device, dtype = run
-    found = evaluation.detect_all(net, anchors_for(c, device), val, c["image_size"], EVAL_BATCH, device, dtype,
-                                  c["workers"])
-    bad = [d["bad"] for d in found.values() if "bad" in d]
-    for text in bad[:5]:
-        log.say(f"warning: not scored: {text}")
-    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
-        raise UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run python data.py check")
-    metrics = util.rank0_first(lambda: evaluation.coco_ap(val.annotation_file, found, val.ids, val.class_ids))
-    if metrics["AP"] < 0:
-        log.say(f"note: {val.annotation_file} has no object to find; AP is undefined and given as -1")
-    elif metrics["AR100"] == 0:
-        log.say("warning: nothing is found: scores have not left their starting value. Train longer, or look at "
-                "first_batch.png to see whether the labels are right")
-    return metrics
-
-
-def labelled_by(folder, teacher, c, paths, held, boxes_per_image, deps, run, log):
+def labelled_by(folder, teacher, c, paths, held, boxes_per_image, class_share, deps, run, log):
     """The pseudo-label stage: choose the threshold, label, count -> {"threshold", "images", "with_boxes", "boxes", ...}.
 
-    boxes_per_image: of the labelled set, to see whether enough is kept; deps leave the threshold out, since choosing
+    boxes_per_image, class_share {name: share}: of the labelled set, to see what is kept of which; deps leave the threshold out, since choosing
     another one costs no new detection.
     """
     asked, (rank, ranks, device, dtype) = c["threshold"], run
@@ -405,10 +402,13 @@ def labelled_by(folder, teacher, c, paths, held, boxes_per_image, deps, run, log
     net.to(device)
     curve = []
     if len(held):
-        found = evaluation.detect_all(net, anchors_for(c, device), held, c["image_size"], EVAL_BATCH, device, dtype,
-                                      c["workers"])
+        found = evaluation.detect_all(net, anchors_for(c, device), held, c["image_size"], device, dtype, c["workers"])
         curve = evaluation.precision_recall(*evaluation.match_detections(found, held), evaluation.THRESHOLDS)
-    threshold = evaluation.best_threshold(curve) if asked == "auto" else float(asked)
+    best = evaluation.best_threshold(curve)
+    if asked == "auto" and best is None:
+        raise UserError(f"{teacher} finds none of the objects of the {len(held)} held-out images, so there is no threshold to "
+                        "choose; train it longer, or raise --labeled")
+    threshold = best if asked == "auto" else float(asked)
     pseudo_label(folder, net, paths, floor, c, run, log)
     info = {"teacher": str(teacher), "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
             "classes": state["class_names"]}
@@ -418,75 +418,82 @@ def labelled_by(folder, teacher, c, paths, held, boxes_per_image, deps, run, log
     log.say(f"{folder}: threshold {threshold:.2f} ({asked}) keeps {result['boxes']} boxes, {kept:.2f} an image (labelled "
             f"images have {boxes_per_image:.2f}); {1 - result['with_boxes'] / max(result['images'], 1):.0%} of "
             f"{result['images']} images keep none and are left out; {result['bad']} unusable images")
-    log.say("  per class: " + ", ".join(f"{k} {v}" for k, v in result["per_class"].items()))
+    log.say("  share per class, labelled share in brackets: " + ", ".join(
+        f"{k} {v / max(result['boxes'], 1):.0%}" + (f" ({class_share[k]:.0%})" if class_share else "")
+        for k, v in result["per_class"].items()))
     if kept < 0.02 * boxes_per_image or not result["boxes"]:
-        advice = f"--threshold {evaluation.best_threshold(curve):.2f} has the best F1 on held-out labels" if curve else \
-            "lower --threshold, or use --threshold auto"
         raise UserError(f"{folder} is (almost) empty: {result['boxes']} boxes on {result['images']} images at threshold "
-                        f"{threshold:.2f}. The teacher is too weak; train it longer, or {advice}")
+                        f"{threshold:.2f}. The teacher is too weak: train it longer, or "
+                        + ("raise --labeled" if asked == "auto" else "lower --threshold"))
     return util.rank0_first(lambda: runs.finish(folder, deps, result))
 
 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
 
-EVAL_BATCH = 16
-
-
 def main(argv=None):
-    flags, given = util.parse_flags(Config, __doc__, HELP, argv)
-    rank, ranks, device = util.setup(workers=flags.workers)
+    flags = util.parse_flags(Config, __doc__, HELP, argv)
+    rank, ranks, device, flags.workers = util.setup(flags.device, flags.workers)
     run = (rank, ranks, device, util.precision(flags.precision, device))
     if flags.mode in ("pseudo", "eval"):
         return use_checkpoint(flags, run)
-    c = settings(flags, ranks)
-    out = Path(flags.out)
+    c, out = settings(flags, ranks), Path(flags.out)
     util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", rank)
 
     train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-    everything = data.load_coco(train_json, train_dir)
-    val = data.load_coco(val_json, val_dir, everything.class_ids)
+    train_set = data.load_coco(train_json, train_dir)
+    val = data.load_coco(val_json, val_dir, train_set.class_ids, train_set.class_names)
     split = data.read_split(flags.split, train_json) if flags.split else data.make_split(
-        train_json, everything.ids, flags.labeled, flags.seed)
-    human, held, rest = data.apply_split(split, everything, hold_out=c["threshold"] == "auto")
-    paths = unlabelled_paths(flags, rest, everything, val, log) if flags.mode == "run" else []
+        train_json, train_set.ids, flags.labeled, flags.seed)
+    human, held, rest = data.apply_split(split, train_set, hold_out=c["threshold"] == "auto")
+    paths = util.rank0_first(lambda: unlabelled_paths(flags, human, held, rest, val, log)) if flags.mode == "run" else []
     if rank == 0 and not (out / "config.json").exists():  # a command that is refused further on leaves no trace
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
         runs.write_json(out / "split.json", split)
     log.say(f"{out}: {len(human)} labelled images to train on, {len(held)} held out, {len(paths)} unlabelled, {len(val)} "
-            f"for validation; classes {', '.join(everything.class_names)}")
-    for file, found in ((train_json, everything), (val_json, val)):
+            f"for validation; classes {', '.join(train_set.class_names)}")
+    for found in (train_set, val):
         for reason, n in found.dropped.items():
-            log.say(f"warning: {n} boxes of {file} dropped: {reason}")
-
-    # What a stage depends on. Where files lie, how fast they are read and how often is saved do not matter.
-    same = {k: v for k, v in c.items() if k not in ("workers", "save_every", "accumulate", "steps", "student_steps", "alpha",
-                                                    "threshold")}
-    same.update(precision=str(run[3]), annotations=split["annotations_sha256"], split=runs.digest(split["labeled"]),
-                held_out=len(held))
-    results = {"teacher": trained(out / "teacher", [human], "", c, {
-        **same, "steps": c["steps"], "images_per_step": [c["batch"]]}, val, run, log)}
-    teacher = "teacher"
-    for k in range(flags.rounds if flags.mode == "run" else 0):
-        suffix = "" if k == 0 else str(k + 1)
-        start = out / teacher if flags.student_init == "teacher" else ""
-        source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
-        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human), {
-            **source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
-        pseudo = data.load_coco(out / f"pseudo{suffix}/pseudo.json", labels["root"], everything.class_ids)
-        after = {**same, "steps": c["student_steps"], "teacher": source["teacher"], "student_init": flags.student_init}
-        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c, {
-            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"],
-            "images_per_step": [c["batch"], c["batch"]]}, val, run, log)
-        if flags.control:  # same start, steps and images per step, but no pseudo-labels
-            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start, c, {
-                **after, "images_per_step": [2 * c["batch"]]}, val, run, log)
-        teacher = f"student{suffix}"
+            log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
+    results = pipeline(flags, c, out, human, held, paths, val, {
+        "annotations": split["annotations_sha256"], "validation": data.file_digest(val_json),
+        "split": runs.digest(split["labeled"]), "held_out": len(held)}, run, log)
     if rank == 0:
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
         runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
         show.report(out)
         print(table(results), f"written: {out}/results.json, {out}/report.html", sep="\n")
+
+
+def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
+    """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
+    # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
+    # matter, unless a batch norm sees the pieces.
+    free = {"workers", "save_every", "steps", "student_steps", "alpha", "threshold"} | ({"accumulate"} if c["norm"] == "gn" else set())
+    same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
+    if Path(c["init"]).is_file():
+        same["init"] = data.file_digest(c["init"])
+    results = {"teacher": trained(out / "teacher", [human], "", c, {
+        **same, "steps": c["steps"], "images_per_step": [c["batch"]]}, val, run, log)}
+    teacher, control = "teacher", "teacher"
+    counts = np.bincount(human.labels, minlength=len(human.class_names)) / max(len(human.labels), 1)
+    class_share = dict(zip(human.class_names, counts.tolist()))
+    for k in range(flags.rounds if flags.mode == "run" else 0):
+        suffix = "" if k == 0 else str(k + 1)
+        source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
+        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human), class_share,
+                             {**source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
+        pseudo = data.load_coco(out / f"pseudo{suffix}/pseudo.json", labels["root"], human.class_ids)
+        after = {**same, "steps": c["student_steps"], "student_init": flags.student_init}
+        start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")
+        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c, {
+            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"],
+            "images_per_step": [c["batch"], c["batch"]]}, val, run, log)
+        if flags.control:  # as many steps and images per step, but no pseudo-label ever
+            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start_control, c, {
+                **after, "teacher": results[control]["weights"], "images_per_step": [2 * c["batch"]]}, val, run, log)
+        teacher, control = f"student{suffix}", f"control{suffix}"
+    return results
 
 
 def table(results):
@@ -505,24 +512,31 @@ def settings(flags, ranks):
     c.update({k: getattr(flags, k) for k in ("aug", "alpha", "init", "norm", "seed", "accumulate", "workers", "save_every")})
     if flags.student_steps is None and flags.steps is not None:
         c["student_steps"] = flags.steps
-    for name in ("steps", "student_steps", "batch", "accumulate"):
-        if c[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} {c[name]} is not a positive number; give 1 or more")
-    if c["backbone"] not in BACKBONES:
-        raise UserError(f"--backbone {c['backbone']} does not exist; there are {', '.join(BACKBONES)}")
-    if c["image_size"] % 32 or c["image_size"] <= 0:
-        raise UserError(f"--image-size {c['image_size']} is not a multiple of 32; use {max(32, c['image_size'] // 32 * 32)}")
-    if c["batch"] % (ranks * c["accumulate"]):
-        raise UserError(f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate {c['accumulate']}; use a "
-                        f"multiple of {ranks * c['accumulate']}")
-    if not 0 < flags.labeled <= 1:
-        raise UserError(f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1")
-    if c["threshold"] != "auto" and not _is_probability(c["threshold"]):
-        raise UserError(f"--threshold {c['threshold']} is neither auto nor a number between 0 and 1")
+    row, pieces, size = RECIPES[flags.recipe], ranks * max(c["accumulate"], 1), c["image_size"]
+    coarsest = math.ceil(size / 2 ** c["levels"][1]) ** 2  # cells of the last level
+    for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
+        if not c[name] >= least:
+            raise UserError(f"--{name.replace('_', '-')} {c[name]} is too small; give {least} or more")
+    for wrong, line in (
+            (not c["lr"] > 0 or flags.rounds < 1, f"--lr {c['lr']} and --rounds {flags.rounds} must be positive"),
+            (c["backbone"] not in BACKBONES, f"--backbone {c['backbone']} does not exist; there are {', '.join(BACKBONES)}"),
+            (size % 32 or size <= 0, f"--image-size {size} is not a multiple of 32; use {max(32, size // 32 * 32)}"),
+            (c["batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
+                                  f"{c['accumulate']}; use a multiple of {pieces}"),
+            (c["norm"] == "bn" and c["batch"] // pieces * coarsest < 2,
+             f"batch norm has a single value to average on the coarsest level at --batch {c['batch']}, --image-size {size}; "
+             "raise either, or use --norm gn"),
+            (not 0 < flags.labeled <= 1, f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1"),
+            (c["threshold"] != "auto" and not is_score(c["threshold"]),
+             f"--threshold {c['threshold']} is neither auto nor a number from 0 to below 1"),
+            (c["optimizer"] != row["optimizer"] and flags.lr is None,
+             f"--optimizer {c['optimizer']} needs --lr: that of --recipe {flags.recipe} is for {row['optimizer']}")):
+        if wrong:
+            raise UserError(line)
     return c
 
 
-def _is_probability(text):
+def is_score(text):
     try:
         return 0 <= float(text) < 1
     except ValueError:
@@ -538,24 +552,26 @@ def locate(flags):
         raise UserError(f"{error}; give another --root for the embedded world")
 
 
-def unlabelled_paths(flags, rest, everything, val, log):
+def unlabelled_paths(flags, human, held, rest, val, log):
     """Paths of the unlabelled images (n,): --unlabeled, else the training images whose labels are not used, else the
-    embedded world's own unlabelled set."""
+    embedded world's own unlabelled set. Labelled and validation images among them are left out."""
     if flags.unlabeled:
         paths = data.list_images(flags.unlabeled)
     elif len(rest):
-        return np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
+        paths = np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
     elif flags.data == "shapes":
-        paths = data.list_images(util.rank0_first(lambda: str(world.build(flags.root, "unlabeled"))))
+        paths = data.list_images(str(world.build(flags.root, "unlabeled")))
     else:
         raise UserError("--labeled 1 leaves no image to pseudo-label; give --unlabeled DIR, or --mode train to stop after "
                         "the teacher")
-    used = np.setdiff1d(everything.ids, rest.ids)
-    paths, leaks = data.without_leaks(paths, everything.subset(np.searchsorted(everything.ids, used)), val)
+    paths, leaks = data.without_leaks(paths, human, held, val)
     if leaks:
         log.say(f"warning: {leaks} unlabelled images are labelled or validation images; left out")
     if not len(paths):
-        raise UserError(f"every image of --unlabeled {flags.unlabeled} is a labelled or validation image; give other images")
+        raise UserError("every unlabelled image is also a labelled or a validation image; give other images by --unlabeled")
+    _, leaks = data.without_leaks(np.array([os.fsencode(human.path(i)) for i in range(len(human))], dtype=np.bytes_), val)
+    if leaks:
+        log.say(f"warning: {leaks} labelled images are also validation images; scores will be too high")
     return paths
 
 
@@ -565,29 +581,27 @@ def use_checkpoint(flags, run):
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = runs.load_checkpoint(flags.ckpt)
     c = {**state["config"], "workers": flags.workers}
-    net = build(c, len(state["class_ids"]))
-    net.load_state_dict(state["model"])
-    net.to(run[2])
     if flags.mode == "eval":
+        net, log = build(c, len(state["class_ids"])), util.Log(None, run[0])
+        net.load_state_dict(state["model"])
         _, _, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-        log = util.Log(None, run[0])
-        metrics = evaluate(net, c, data.load_coco(val_json, val_dir, state["class_ids"]), run, log)
-        if run[0] == 0:
-            print(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val_json}")
-            print(json.dumps(metrics, indent=1))
+        val = data.load_coco(val_json, val_dir, state["class_ids"], state["class_names"])
+        metrics = evaluation.evaluate(net.to(run[2]), anchors_for(c, run[2]), val, c["image_size"], c["workers"], run, log)
+        log.say(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val_json}\n{json.dumps(metrics, indent=1)}")
         return
+    out, threshold = Path(flags.out), flags.threshold or "0.5"  # the paper's (recalled)
     if not flags.unlabeled:
         raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
-    out = Path(flags.out)
+    if not is_score(threshold):
+        raise UserError(f"--threshold {threshold} is not a number between 0 and 1; the report of the run that trained --ckpt "
+                        "shows precision and recall for each")
+    if flags.out == Config.out or (out / "config.json").exists():
+        raise UserError(f"--mode pseudo needs an --out of its own; {out} is for training runs")
     util.rank0_first(lambda: runs.claim(out))
-    log = util.Log(out / "log.jsonl", run[0])
-    threshold = flags.threshold if flags.threshold not in (None, "auto") else "0.5"
-    if not _is_probability(threshold):
-        raise UserError(f"--threshold {threshold} is not a number between 0 and 1")
-    paths = data.list_images(flags.unlabeled)
+    log, paths = util.Log(out / "log.jsonl", run[0]), data.list_images(flags.unlabeled)
     deps = {"teacher": runs.digest_weights(state["model"]), "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest(),
             "precision": str(run[3])}
-    labelled_by(out, flags.ckpt, {**c, "threshold": threshold}, paths, [], 0.0, deps, run, log)
+    labelled_by(out, flags.ckpt, {**c, "threshold": threshold}, paths, [], state["boxes_per_image"], {}, deps, run, log)
     log.say(f"written: {out}/pseudo.json")
 
 

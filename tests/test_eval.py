@@ -306,7 +306,7 @@ def test_detections_are_in_pixels_of_the_file_and_inside_it_in_the_order_asked_f
     anchors = torch.zeros(4, 4)
     anchors[2] = torch.tensor([8.0, 4.0, 60.0, 24.0])
     net = Echo().train()
-    got = list(evaluation.detections(net, anchors, paths, [2, 0, 3, 1], 64, 3, torch.device("cpu"), torch.float32))
+    got = list(evaluation.detections(net, anchors, paths, [2, 0, 3, 1], 64, torch.device("cpu"), torch.float32, batch=3))
     assert [i for i, _ in got] == [2, 0, 3, 1] and not net.training
     found = dict(got)
     assert "9.png" in found[3]["bad"]
@@ -323,7 +323,7 @@ def test_detect_all_finds_in_every_image_of_a_set_what_detections_finds_in_each(
         Image.new("RGB", (64, 48), (0, 0, 90 * i)).save(tmp_path / f"{i}.png")
     paths = np.array([str(tmp_path / f"{i}.png").encode() for i in range(3)])
     args = Echo(), torch.tensor([[8.0, 4.0, 60.0, 24.0]] * 4), paths
-    rest = 64, 2, torch.device("cpu"), torch.float32
+    rest = 64, torch.device("cpu"), torch.float32
     found = evaluation.detect_all(*args, *rest)
     assert list(found) == [0, 1, 2]
     for i, d in evaluation.detections(*args, [0, 1, 2], *rest):

@@ -1,6 +1,5 @@
 """st.py on what users hand it: odd but legal data works, and whatever cannot work ends in one line that says why."""
 import errno
-import fcntl
 import json
 import re
 import resource
@@ -69,7 +68,6 @@ def in_process(monkeypatch):
     """An untrained teacher finds boxes: their scores are far under st.FLOOR."""
     detect = ops.detect
     monkeypatch.setattr(ops, "detect", lambda *args, **more: detect(*args, **{**more, "min_score": 0.0}))
-    monkeypatch.setattr(st, "EVAL_BATCH", 4)
 
 
 @pytest.fixture(scope="module")
@@ -230,13 +228,13 @@ def test_an_unlabelled_source_must_hold_images_that_are_not_labelled(plain, tmp_
     refused(plain, tmp_path / "run", "--labeled", 1, match="--labeled 1 leaves no image .*give --unlabeled")
     refused(plain, tmp_path / "run", "--unlabeled", tmp_path / "empty", match="no image found at --unlabeled .*empty")
     refused(plain, tmp_path / "run", "--unlabeled", tmp_path / "nowhere", match="no image found at --unlabeled .*nowhere")
-    refused(plain, tmp_path / "run", "--labeled", 1, "--unlabeled", plain / "images", match="labelled or validation image")
+    refused(plain, tmp_path / "run", "--labeled", 1, "--unlabeled", plain / "images", match="labelled or a validation image")
     refused(plain, tmp_path / "run", "--split", plain / "train.json", match="is not a label split")
 
 
 @pytest.mark.parametrize("flags, match", [
     ("--image-size 100", "100 is not a multiple of 32; use 96"), ("--image-size 0", "multiple of 32"),
-    ("--batch 3 --accumulate 2", "3 does not divide"), ("--batch 0", "--batch 0 is not"),
+    ("--batch 3 --accumulate 2", "3 does not divide"), ("--batch 0", "--batch 0 is too small"),
     ("--backbone resnet51", "resnet51 does not exist; there are .*resnet50"), ("--recipe big", "big does not exist; there are tiny"),
     ("--threshold 1.5", "1.5 is neither auto"), ("--threshold high", "high is neither auto"), ("--threshold nan", "nan is neither"),
     ("--labeled 0", "0.0 is not a fraction"), ("--labeled 1.1", "1.1 is not a fraction"), ("--labeled nan", "not a fraction"),
@@ -246,7 +244,29 @@ def test_values_that_make_no_sense_are_refused_before_anything_is_written(plain,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", ["--accumulate 0", "--steps 0", "--student-steps -1"])
+def test_a_training_split_that_shares_images_with_validation_is_warned_of(tmp_path, capsys):
+    root = dataset(tmp_path / "data", train=6, val=2)
+    train, val = (json.loads((root / f"{split}.json").read_text()) for split in ("train", "val"))
+    (root / "images" / val["images"][0]["file_name"]).write_bytes((root / "images" / train["images"][0]["file_name"]).read_bytes())
+    main(root, tmp_path / "run", "--labeled", 0.9)
+    assert re.search("1 (labelled images are also validation|unlabelled images are labelled or validation)", capsys.readouterr().out)
+
+
+def test_categories_of_other_names_are_refused(plain, tmp_path, teacher):
+    other = dataset(tmp_path / "other", train=2, val=2)
+    value = json.loads((other / "val.json").read_text())
+    value["categories"] = [{**c, "name": "z" + c.get("name", "")} for c in value["categories"]]
+    (other / "val.json").write_text(json.dumps(value))
+    refused(other, tmp_path / "run", "--mode", "eval", "--ckpt", teacher, match="other category names")
+
+
+def test_labelling_a_folder_asks_for_a_place_of_its_own_and_a_threshold_it_can_know(plain, tmp_path, teacher):
+    label = ["--mode", "pseudo", "--ckpt", teacher, "--unlabeled", plain / "images"]
+    refused(plain, teacher.parent, *label, match="--out of its own")
+    refused(plain, tmp_path / "labels", *label, "--threshold", "auto", match="not a number")
+
+
+@pytest.mark.parametrize("flags", ["--accumulate 0", "--steps 0", "--student-steps -1", "--seed -1", "--alpha -1"])
 def test_counts_that_are_not_positive_are_refused(plain, tmp_path, flags):
     refused(plain, tmp_path / "run", *flags.split(), match=flags.split()[0])
 
@@ -256,10 +276,13 @@ def test_counts_that_are_not_positive_are_refused(plain, tmp_path, flags):
 def test_a_second_process_on_a_run_directory_is_refused(plain, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    other = open(out / ".lock", "w")  # as another process would: each opening of the file has a lock of its own
-    fcntl.flock(other, fcntl.LOCK_EX)
+    code = f"import fcntl; f = open({str(out / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
     refused(plain, out, match="run is in use by another process")
     assert sorted(p.name for p in out.iterdir()) == [".lock"]
+    other.communicate("")  # its lock goes with it
+    main(plain, out, "--mode", "train")
 
 
 def test_a_finished_run_is_not_run_again(plain, tmp_path, capsys):
