@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -140,3 +141,35 @@ def finish(folder, deps, result):
     """Marks a stage as finished -> result."""
     write_json(Path(folder) / "stage.json", {"deps": deps, "result": result})
     return result
+
+
+# ---- what happens on the way -------------------------------------------------------------------------------------
+
+class Stop:
+    """Set by SIGTERM: the training loop saves at the next step boundary and exits with 143."""
+    asked = False
+
+    def __init__(self):
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+
+
+def note_bad(folder, bad, seen):
+    """Unusable images, replaced by a neighbour, are named once and listed in quarantine.txt."""
+    for _, text in bad:
+        if text not in seen:
+            seen.add(text)
+            print(f"warning: skipping {text}", file=sys.stderr, flush=True)
+            with open(Path(folder) / "quarantine.txt", "a") as f:
+                f.write(text + "\n")
+
+
+def fail_nonfinite(folder, step, batch, per_image, rank):
+    """Saves which images and boxes made the loss infinite or NaN, then ends the run; checkpoints are untouched."""
+    rows = (~per_image.isfinite().all(1)).nonzero().flatten().tolist()
+    report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo")[int(batch["part"][i])],
+               "focal_and_box_loss": [str(v) for v in per_image[i].tolist()],
+               "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
+    path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"
+    write_json(path, report)
+    raise UserError(f"loss is not finite at step {step}; images {[r['image_id'] for r in report][:5]} and their boxes "
+                    f"are in {path}. Lower --lr, or check the data with python data.py check")

@@ -179,12 +179,12 @@ def train(folder, net, parts, counts, steps, c, run, log):
     ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
                                c["workers"])
-    stop, meter, quarantine = util.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
+    stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
     net.train()
     for step, batch in zip(range(start, steps), meter.timed(loader)):
         if step == 0 and rank == 0:
             show.batch_sheet(batch, parts[0].class_names, Path(folder) / "first_batch.png")
-        note_bad(folder, batch["bad"], quarantine)
+        runs.note_bad(folder, batch["bad"], quarantine)
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
         lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10))
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
@@ -208,7 +208,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
         total = util.all_sum(torch.cat([total, objective[None], notes]))
         cls_h, box_h, cls_p, box_p, joint, stopping, unusable = total.tolist()  # waits for the device
         if not math.isfinite(cls_h + box_h + cls_p + box_p):
-            fail_nonfinite(folder, step, batch, per_image, rank)
+            runs.fail_nonfinite(folder, step, batch, per_image, rank)
         if unusable > max(20, sum(map(len, parts)) // 100):
             raise UserError(f"{unusable:.0f} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
                             "run python data.py check on the annotation file")
@@ -331,28 +331,6 @@ class Meter:
                           images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
 
 
-def note_bad(folder, bad, seen):
-    """Unusable images, replaced by a neighbour, are named once and listed in quarantine.txt."""
-    for _, text in bad:
-        if text not in seen:
-            seen.add(text)
-            print(f"warning: skipping {text}", file=sys.stderr, flush=True)
-            with open(Path(folder) / "quarantine.txt", "a") as f:
-                f.write(text + "\n")
-
-
-def fail_nonfinite(folder, step, batch, per_image, rank):
-    """Saves which images and boxes made the loss infinite or NaN, then ends the run; checkpoints are untouched."""
-    rows = (~per_image.isfinite().all(1)).nonzero().flatten().tolist()
-    report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo")[int(batch["part"][i])],
-               "focal_and_box_loss": [str(v) for v in per_image[i].tolist()],
-               "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
-    path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"
-    runs.write_json(path, report)
-    raise UserError(f"loss is not finite at step {step}; images {[r['image_id'] for r in report][:5]} and their boxes "
-                    f"are in {path}. Lower --lr, or check the data with python data.py check")
-
-
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 def trained(folder, parts, start_from, c, deps, val, run, log):
@@ -378,8 +356,8 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
         log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
     began = time.time()
     train(folder, net, parts, counts, steps, c, run, log)
-    result = {**evaluation.evaluate(net, anchors_for(c, device), val, c["image_size"], c["workers"], run, log), "seconds": round(time.time() - began, 1),
-              "weights": runs.digest_weights(net.state_dict())}
+    metrics = evaluation.evaluate(net, anchors_for(c, device), val, c["image_size"], c["workers"], run, log)
+    result = {**metrics, "seconds": round(time.time() - began, 1), "weights": runs.digest_weights(net.state_dict())}
     log.say(f"{folder}: AP {result['AP']:.3f} AP50 {result['AP50']:.3f} on {len(val)} validation images "
             f"({result['seconds']:.0f} s)")
     return util.rank0_first(lambda: runs.finish(folder, deps, result))

@@ -7,7 +7,6 @@ import errno
 import importlib.util
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,13 +24,12 @@ def run(main):
     try:
         main()
     except (UserError, torch.OutOfMemoryError, OSError) as error:
-        message = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"out of memory ({message[:60]}): raise --accumulate, or lower --batch or --image-size"
-        elif isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        elif isinstance(error, OSError):
-            message = f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
+        message = (f"out of memory ({str(error)[:60]}): raise --accumulate, or lower --batch or --image-size"
+                   if isinstance(error, torch.OutOfMemoryError) else
+                   f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
+                   if isinstance(error, OSError) else str(error))
         print(f"error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # other processes may be waiting for this one: to leave the group in order would wait for them
@@ -67,8 +65,7 @@ def setup(name="auto", workers=-1):
     return rank, world, device, workers
 
 
-def all_sum(tensor):
-    """Sum over ranks, in place; the tensor itself in a single process."""
+def all_sum(tensor):  # over ranks, in place
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -100,19 +97,10 @@ def precision(name, device):
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-class Stop:
-    """Set by SIGTERM: the training loop saves at the next step boundary and exits with 143."""
-    asked = False
-
-    def __init__(self):
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
-
-
 # ---- log ---------------------------------------------------------------------------------------------------------
 
 class Log:
-    """One progress line on the terminal, the same as one json object per line in `path`, and TensorBoard curves if
-    that package is installed. Silent on ranks other than 0."""
+    """Rank 0's progress line, the same as json lines in `path`, and TensorBoard curves if that package is installed."""
 
     def __init__(self, path, rank):
         self.file = open(path or os.devnull, "a", buffering=1) if rank == 0 else None
@@ -127,7 +115,6 @@ class Log:
             self.line_open = False
 
     def progress(self, stage, step, total, started, done_before, **values):
-        """values are printed in the order given; ETA from the steps done in this process."""
         if not self.file:
             return
         eta = (time.time() - started) / max(step - done_before, 1) * (total - step)
