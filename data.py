@@ -381,9 +381,10 @@ def collate(samples):
     for i, t in enumerate(targets):
         boxes[i, :len(t["boxes"])], labels[i, :len(t["labels"])] = t["boxes"], t["labels"]
     pixels = np.stack([np.asarray(im) for im in images])  # (B, S, S, 3): permuting gives channels_last for free
+    reasons = [(i, text) for i, some in enumerate(bad) for text in some]
     batch = {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2), "boxes": torch.from_numpy(boxes),
              "labels": torch.from_numpy(labels), "part": torch.tensor(parts),
-             "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": [(i, text) for i, some in enumerate(bad) for text in some]}
+             "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": reasons}
     if "scale" in targets[0]:
         batch["scale"] = torch.tensor([t["scale"] for t in targets])
         batch["original"] = torch.tensor([t["original"] for t in targets])  # (B, 2) h, w
@@ -536,10 +537,14 @@ def check(path, images=None, strict=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True)
-    p = sub.add_parser("check"); p.add_argument("path"); p.add_argument("--images"); p.add_argument("--strict", action="store_true")
-    p = sub.add_parser("split"); p.add_argument("path"); p.add_argument("--fraction", type=float, required=True)
-    p.add_argument("--seed", type=int, default=0); p.add_argument("--out", required=True)
-    p = sub.add_parser("export"); p.add_argument("path")
+    parsers = {name: sub.add_parser(name) for name in ("check", "split", "export")}
+    for p in parsers.values():
+        p.add_argument("path")
+    parsers["check"].add_argument("--images")
+    parsers["check"].add_argument("--strict", action="store_true")
+    parsers["split"].add_argument("--fraction", type=float, required=True)
+    parsers["split"].add_argument("--seed", type=int, default=0)
+    parsers["split"].add_argument("--out", required=True)
     args = parser.parse_args()
     if args.command == "check":
         if problems := check(args.path, args.images, args.strict):

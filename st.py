@@ -118,7 +118,8 @@ HELP = {
 # coco-r50: the paper's recipe for EfficientNet-B7 on a ResNet-50 (640 px, batch 256, lr 0.32, warm-up 0.0032 -> 0.32 in
 # 1000 steps, weight decay 1e-4, 120k steps for random init with S4, threshold 0.5: all recalled). The paper's own lr and
 # length for its ResNet-50 (Table 4) are unknown.
-# tiny: ours. Objects of 22-72 px on a 128 px canvas want small anchors, few steps want AdamW and quicker batch-norm averages.
+# tiny: ours. Objects of 22-72 px on a 128 px canvas want small anchors; few steps want AdamW and quicker batch-norm
+# averages; and a teacher worth learning from wants most of them (with 1500 + 1500 steps it was too weak to help).
 RECIPES = {
     "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=2500, student_steps=800,
                  optimizer="adamw", lr=2e-3, warmup=50, weight_decay=0.05, clip=10.0, threshold="auto",
@@ -327,8 +328,8 @@ class Meter:
         spent, (avg_h, avg_p) = time.time() - self.began, ops.average_losses(averages)
         pseudo = {"cls_pseudo": cls_p, "box_pseudo": box_p, "avg": float(avg_h), "avg_pseudo": float(avg_p),
                   "ratio": float(avg_h / avg_p.clamp(min=1e-6))} if parts > 1 else {"avg": float(avg_h)}
-        self.log.progress(self.stage, step, self.steps, self.began, self.start, loss=joint, cls=cls_h, box=box_h, **pseudo, lr=lr,
-                          images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
+        self.log.progress(self.stage, step, self.steps, self.began, self.start, loss=joint, cls=cls_h, box=box_h, **pseudo,
+                          lr=lr, images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
@@ -366,8 +367,8 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
 def labelled_by(folder, teacher, c, paths, held, boxes_per_image, class_share, deps, run, log):
     """The pseudo-label stage: choose the threshold, label, count -> {"threshold", "images", "with_boxes", "boxes", ...}.
 
-    boxes_per_image, class_share {name: share}: of the labelled set, to see what is kept of which; deps leave the threshold out, since choosing
-    another one costs no new detection.
+    boxes_per_image, class_share {name: share}: of the labelled set, to see what is kept of which. deps leave the
+    threshold out, since choosing another one costs no new detection.
     """
     asked, (rank, ranks, device, dtype) = c["threshold"], run
     floor = FLOOR if asked == "auto" else min(FLOOR, float(asked))
@@ -447,7 +448,7 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces.
-    free = {"workers", "save_every", "steps", "student_steps", "alpha", "threshold"} | ({"accumulate"} if c["norm"] == "gn" else set())
+    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold"] + ["accumulate"] * (c["norm"] == "gn")
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
     if Path(c["init"]).is_file():
         same["init"] = data.file_digest(c["init"])
@@ -459,8 +460,8 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     for k in range(flags.rounds if flags.mode == "run" else 0):
         suffix = "" if k == 0 else str(k + 1)
         source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
-        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human), class_share,
-                             {**source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
+        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human),
+                             class_share, {**source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
         pseudo = data.load_coco(out / f"pseudo{suffix}/pseudo.json", labels["root"], human.class_ids)
         after = {**same, "steps": c["student_steps"], "student_init": flags.student_init}
         start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")

@@ -36,8 +36,9 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
+            dist.destroy_process_group()
 
 
 # ---- processes and devices ---------------------------------------------------------------------------------------
@@ -128,7 +129,6 @@ class Log:
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------
-
 def parse_flags(config, doc, comments, argv=None):
     """A flag for every field of the dataclass `config` -> an object of it. comments: {group: {field: help text}}; a text
     that starts with {a|b} lists the choices."""

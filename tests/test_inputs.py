@@ -285,6 +285,21 @@ def test_a_second_process_on_a_run_directory_is_refused(plain, tmp_path):
     main(plain, out, "--mode", "train")
 
 
+def test_a_second_round_learns_from_the_student_and_its_control_from_the_control(plain, tmp_path):
+    out = main(plain, tmp_path / "run", "--rounds", 2, "--control")
+    deps = {s: json.loads((out / s / "stage.json").read_text())["deps"] for s in ("pseudo2", "student2", "control2")}
+    scored = results(out)
+    assert deps["pseudo2"]["teacher"] == deps["student2"]["teacher"] == scored["student"]["weights"]
+    assert deps["control2"]["teacher"] == scored["control"]["weights"] != scored["student"]["weights"]
+
+
+def test_a_student_can_start_as_its_teacher_did(plain, tmp_path):
+    flags = ["--lr", 1e-12, "--student-init", "same"]  # weights stay where they start
+    out = main(plain, tmp_path / "run", *flags)
+    a, b = (runs.load_latest(out / s)["model"]["fpn.lateral.0.weight"] for s in ("teacher", "student"))
+    assert torch.allclose(a, b, atol=1e-9)
+
+
 def test_a_finished_run_is_not_run_again(plain, tmp_path, capsys):
     out = main(plain, tmp_path / "run")
     before = results(out), {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}

@@ -203,14 +203,14 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
 
 def test_a_build_that_another_process_finished_meanwhile_is_kept(tmp_path, monkeypatch):
     """As with several ranks starting on an empty folder: the one that comes second uses what the first put there."""
-    real = world.WRITERS["unlabeled"]
+    real = world.write
 
-    def slow(folder, sizes, seed):
-        real(folder, sizes, seed)
-        monkeypatch.setitem(world.WRITERS, "unlabeled", real)
-        (world.build(tmp_path, "unlabeled", sizes, seed) / "mark").touch()
+    def slow(folder, part, sizes, seed):
+        real(folder, part, sizes, seed)
+        monkeypatch.setattr(world, "write", real)
+        (world.build(tmp_path, part, sizes, seed) / "mark").touch()
 
-    monkeypatch.setitem(world.WRITERS, "unlabeled", slow)
+    monkeypatch.setattr(world, "write", slow)
     assert (world.build(tmp_path, "unlabeled", {"train": 2}) / "mark").exists()
 
 
