@@ -121,7 +121,8 @@ class Residual(nn.Module):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
             if i < self.depth:
                 y = F.relu(y, inplace=True)
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y += x if self.downsample is None else self.downsample(x)  # in place: no norm needs its output for backward
+        return F.relu(y, inplace=True)
 
 
 class ResNet(nn.Module):

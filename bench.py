@@ -1,10 +1,12 @@
-"""How fast is it next to what one would use instead? Ratios measured in one run, the competitors taking turns, so that
-a slow moment of the machine hits both.
+"""How fast is it next to what one would use instead? Ratios measured in one run, the rivals taking turns step by step, each
+in a process of its own, so that a slow moment of the machine hits all.
 
-    python bench.py train [--size 320 --batch 4 --threads 2 --rounds 5]      a training step, RetinaNet ResNet-50-FPN
+    python bench.py train [--size 320 --batch 4 --threads 2 --rounds 7]      a training step, RetinaNet ResNet-50-FPN
 """
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -14,6 +16,7 @@ import eval as evaluation
 import models
 import ops
 import st
+import util
 from util import UserError, run
 
 
@@ -70,22 +73,40 @@ def torchvision_step(batch, size, dtype, channels_last):
     return step
 
 
-def train(size, batch, threads, rounds):
+RIVALS = {  # name: (step, precision, channels_last)
+    "ours, bf16 channels_last (default)": (our_step, torch.bfloat16, True),
+    "torchvision, fp32 (its default)": (torchvision_step, torch.float32, False),
+    "torchvision, bf16 channels_last": (torchvision_step, torch.bfloat16, True),
+    "ours, fp32": (our_step, torch.float32, False),
+}
+
+
+def serve(name, size, batch, threads):
+    """A rival's own process: a step for every line on stdin, its seconds on stdout."""
+    step, dtype, channels_last = RIVALS[name]
+    if step is our_step:
+        util.setup(workers=0)  # the allocator settings that st.py runs with; torchvision runs as it would for a user
     torch.set_num_threads(threads)
-    images = fake_batch(size, batch)
-    rivals = {
-        "ours, bf16 channels_last (default)": our_step(images, size, torch.bfloat16, True),
-        "torchvision, fp32 (its default)": torchvision_step(images, size, torch.float32, False),
-        "torchvision, bf16 channels_last": torchvision_step(images, size, torch.bfloat16, True),
-        "ours, fp32": our_step(images, size, torch.float32, False),
-    }
-    times = {name: [] for name in rivals}
-    for r in range(rounds + 1):
-        for name, step in rivals.items():
-            began = time.perf_counter()
-            step()
-            if r:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
+    step = step(fake_batch(size, batch), size, dtype, channels_last)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        step()
+        print(time.perf_counter() - began, flush=True)
+
+
+def train(size, batch, threads, rounds):
+    flags = [f"--size={size}", f"--batch={batch}", f"--threads={threads}"]
+    processes = {name: subprocess.Popen([sys.executable, __file__, "train", f"--serve={name}", *flags], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name in RIVALS}
+    times = {name: [] for name in RIVALS}
+    for r in range(rounds + 2):
+        for name, process in processes.items():
+            print(file=process.stdin, flush=True)
+            seconds = float(process.stdout.readline())
+            if r > 1:  # two rounds of warming up
+                times[name].append(seconds)
+    for process in processes.values():
+        process.communicate()
     print(f"training step, RetinaNet ResNet-50-FPN, {size} px, batch {batch}, {threads} threads, torch {torch.__version__}, "
           f"torchvision {torchvision.__version__}, {rounds} rounds")
     for name, t in times.items():
@@ -94,7 +115,7 @@ def train(size, batch, threads, rounds):
     def ratio(a, b):
         each = [x / y for x, y in zip(times[a], times[b])]
         return f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})"
-    ours, theirs, same, plain = rivals
+    ours, theirs, same, plain = RIVALS
     print(f"  default to default                   {ratio(ours, theirs)}")
     print(f"  both bf16 channels_last              {ratio(ours, same)}")
     print(f"  both fp32                            {ratio(plain, theirs)}")
@@ -103,12 +124,16 @@ def train(size, batch, threads, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train"])
-    for name, value in (("size", 320), ("batch", 4), ("threads", 2), ("rounds", 5)):
+    for name, value in (("size", 320), ("batch", 4), ("threads", 2), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.size % 32:
         raise UserError(f"--size {args.size} is not a multiple of 32")
-    train(args.size, args.batch, args.threads, args.rounds)
+    if args.serve:
+        serve(args.serve, args.size, args.batch, args.threads)
+    else:
+        train(args.size, args.batch, args.threads, args.rounds)
 
 
 if __name__ == "__main__":
