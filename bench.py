@@ -102,7 +102,10 @@ def train(size, batch, threads, rounds):
     for r in range(rounds + 2):
         for name, process in processes.items():
             print(file=process.stdin, flush=True)
-            seconds = float(process.stdout.readline())
+            line = process.stdout.readline()
+            if not line:
+                raise UserError(f"{name} stopped; its message is above. Lower --size or --batch")
+            seconds = float(line)
             if r > 1:  # two rounds of warming up
                 times[name].append(seconds)
     for process in processes.values():
@@ -128,6 +131,8 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.size, args.batch, args.threads, args.rounds) < 1:
+        raise UserError("--size, --batch, --threads and --rounds must be 1 or more")
     if args.size % 32:
         raise UserError(f"--size {args.size} is not a multiple of 32")
     if args.serve:

@@ -100,8 +100,8 @@ def coco_ap(annotation_file, detected, ids, class_ids):
     truth["annotations"] = [a for a in truth["annotations"] if len(a["bbox"] or ()) == 4]  # load_coco drops these too
     for n, a in enumerate(truth["annotations"]):  # fields that COCOeval needs and simple exports leave out
         a["id"] = n + 1  # whatever it was: COCOeval takes 0 for "unmatched" and loses boxes that share an id
-        a.setdefault("iscrowd", 0)
-        a.setdefault("area", a["bbox"][2] * a["bbox"][3])
+        a["iscrowd"] = int(bool(a.get("iscrowd")))
+        a["area"] = a["bbox"][2] * a["bbox"][3] if a.get("area") is None else a["area"]
     rows = [np.column_stack([np.full(len(d["scores"]), ids[i]), d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2],
                              d["scores"], np.asarray(class_ids)[d["labels"]]])
             for i, d in detected.items() if "bad" not in d and len(d["scores"])]

@@ -163,15 +163,19 @@ def stored(path):
 
 
 def read_log(path):
-    """{stage: [line]} by step. A resumed run repeats steps, then the later line counts; torn lines are passed over."""
+    """{stage: [line]} by step. A resumed or restarted stage goes back, and what it logged beyond is void; torn lines are
+    passed over."""
     log = {}
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            log.setdefault(line["stage"], {})[line["step"]] = line
+            rows = log.setdefault(line["stage"], [])
+            while rows and rows[-1]["step"] >= line["step"]:
+                rows.pop()
+            rows.append(line)
         except (ValueError, KeyError, TypeError):  # cut off by a kill
             continue
-    return {stage: [lines[step] for step in sorted(lines)] for stage, lines in log.items()}
+    return log
 
 
 def labelled_counts(run, config):

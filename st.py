@@ -94,7 +94,8 @@ HELP = {
         "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
         "rounds": "repetitions of teacher <- student",
-        "control": "also train without pseudo-labels from the student's start, for its steps and images per step"},
+        "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
+                   "steps and images per step"},
     "network": {
         "backbone": "one of " + ", ".join(BACKBONES),
         "init": "random, imagenet, or a checkpoint file for the backbone",
@@ -210,8 +211,9 @@ def train(folder, net, parts, counts, steps, c, run, log):
         cls_h, box_h, cls_p, box_p, joint, stopping, unusable = total.tolist()  # waits for the device
         if not math.isfinite(cls_h + box_h + cls_p + box_p):
             runs.fail_nonfinite(folder, step, batch, per_image, rank)
+        unusable /= ranks  # each process meets most of them sooner or later
         if unusable > max(20, sum(map(len, parts)) // 100):
-            raise UserError(f"{unusable:.0f} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
+            raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
                             "run python data.py check on the annotation file")
         if c["clip"]:
             torch.nn.utils.clip_grad_norm_(net.parameters(), c["clip"])
@@ -388,6 +390,7 @@ def labelled_by(folder, teacher, c, paths, held, boxes_per_image, class_share, d
         raise UserError(f"{teacher} finds none of the objects of the {len(held)} held-out images, so there is no threshold to "
                         "choose; train it longer, or raise --labeled")
     threshold = best if asked == "auto" else float(asked)
+    util.rank0_first(lambda: runs.write_json(Path(folder) / "stage.json", {"deps": deps}))  # no longer what it was
     pseudo_label(folder, net, paths, floor, c, run, log)
     info = {"teacher": str(teacher), "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
             "classes": state["class_names"]}
@@ -439,6 +442,7 @@ def main(argv=None):
         "split": runs.digest(split["labeled"]), "held_out": len(held)}, run, log)
     if rank == 0:
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
+        runs.write_json(out / "split.json", split)
         runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
         show.report(out)
         print(table(results), f"written: {out}/results.json, {out}/report.html", sep="\n")
