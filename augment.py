@@ -57,6 +57,8 @@ JITTER = {                                # range of the target size's random fa
     's2': (0.8, 1.2),
     's3': (0.5, 2.0),                     # "large scale jittering"
     's4': (0.5, 2.0),
+    's1-large': (0.5, 2.0),               # flip + crop of the released SpineNet configurations; SpineNet-143 and 190 of
+    's1-wide': (0.1, 1.9),                # Zoph et al.'s Table 5 (both read in the code, not named so there)
 }
 
 # AutoAugment for detection, policy v0. One row is drawn uniformly per image, its ops run left to right, each with its
@@ -351,7 +353,7 @@ def crop(image, target, size, jitter, rng):
 def augment(image, target, policy, size, rng):
     """Training path: policy ops at the original resolution, flip with p = 0.5, scale jitter, crop to size x size."""
     if policy not in JITTER:
-        raise ValueError(f"unknown policy {policy!r}: use one of 's1', 's2', 's3', 's4'")
+        raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(JITTER)}")
     if 'mask' in target and target['mask'].shape != (image.height, image.width):
         raise ValueError(f"mask of shape {target['mask'].shape} on an image of {(image.height, image.width)}")
     if policy in ('s2', 's3'):

@@ -349,7 +349,8 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images resized to fit, unaugmented; labels are not read. source: Detections or an array of paths."""
+    """Images resized to fit a square of side `size` (None: as they are), unaugmented; labels are not read. source:
+    Detections or an array of paths."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -364,10 +365,10 @@ class EvalImages(torch.utils.data.Dataset):
                 image = read_image(os.fsdecode(bytes(self.source[i])))
             bad = []
         except BadImage as error:
-            image, bad = Image.new("RGB", (self.size, self.size)), [str(error)]
-        target["original"] = (image.height, image.width)
-        image, target, scale = augment.fit(image, {**target, "size": (image.height, image.width)}, self.size)
-        target["scale"] = scale
+            image, bad = Image.new("RGB", (self.size or 32, self.size or 32)), [str(error)]
+        target.update(original=(image.height, image.width), size=(image.height, image.width), scale=1.0)
+        if self.size:
+            image, target, target["scale"] = augment.fit(image, target, self.size)
         return image, target, 0, bad
 
 

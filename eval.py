@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import data
 import ops
 import util
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCOeval's order
+TORCHVISION_SIDES = (800, 1333)  # its detectors' shorter side, and the most the longer may have
 BATCH = 16  # images at a time; the same everywhere, since the arithmetic of a batch may depend on its size
 
 
@@ -35,8 +37,12 @@ def _imagenet(device):  # made once: creating a tensor on a GPU from numbers wai
 @torch.no_grad()
 def detections(model, anchors, source, index, size, device, dtype, workers=0, min_score=0.05, batch=BATCH):
     """Detects on images source[index]; yields (i, {"boxes" (n, 4) in the file's pixels, "scores", "labels", "size"})
-    as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode."""
+    as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode. size, anchors: of the
+    square canvas; both None: as torchvision's detectors do it."""
     model.eval()
+    if size is None:
+        yield from torchvision_detections(model, source, index, device, dtype, workers, min_score)
+        return
     done = 0
     for rows in data.eval_loader(source, index, size, batch, workers):
         window = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1)  # (B, 2) the unpadded part
@@ -54,6 +60,25 @@ def detections(model, anchors, source, index, size, device, dtype, workers=0, mi
             yield i, {"boxes": boxes, "scores": found[j]["scores"].cpu().numpy(),
                       "labels": found[j]["labels"].cpu().numpy(), "size": (h, w)}
         done += batch
+
+
+def torchvision_detections(model, source, index, device, dtype, workers, min_score):
+    """detections() for torchvision's COCO weights (models.coco_teacher): each image by itself, at the resolution, with the
+    anchors and the 300 boxes that torchvision gives it."""
+    prepare = GeneralizedRCNNTransform(*TORCHVISION_SIDES, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval()
+    for i, rows in zip(index, data.eval_loader(source, index, None, 1, workers)):
+        if rows["bad"]:
+            yield i, {"bad": rows["bad"][0][1]}
+            continue
+        batch, _ = prepare([rows["images"][0].to(device).float() / 255])
+        (h, w), canvas = batch.image_sizes[0], batch.tensors.shape[-2:]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits, deltas = model(batch.tensors.contiguous(memory_format=torch.channels_last))
+        found = ops.detect(logits, deltas, ops.torchvision_anchors(*canvas, device=device),
+                           torch.tensor([[h, w]], device=device), min_score=min_score, limit=300)[0]
+        height, width = rows["original"][0].tolist()
+        yield i, {"boxes": found["boxes"].cpu().numpy() * np.float32([width / w, height / h] * 2),
+                  "scores": found["scores"].cpu().numpy(), "labels": found["labels"].cpu().numpy(), "size": (height, width)}
 
 
 def detect_all(model, anchors, source, size, device, dtype, workers=0):

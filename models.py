@@ -2,7 +2,8 @@
 
 Facts from the TPU detection code (tensorflow/tpu, models/official/detection: heads.py, fpn.py): FPN with batch norm
 after P3-P7, towers whose convolutions are shared over levels while their batch norm is separate per level.
-norm="none" drops all of that and is torchvision's layout, so its COCO weights fit (see from_torchvision).
+norm="none" drops all of that and is torchvision's layout, so its COCO weights fit (see coco_teacher).
+SpineNet is a pyramid itself (Du et al. 2020): its levels go straight into the towers, which then use swish.
 
 The network only maps images to raw class logits and box deltas; losses and decoding are in ops.py.
 """
@@ -11,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 import backbones
 
@@ -55,10 +57,11 @@ class Tower(nn.Module):
     """`depth` 3x3 convolutions shared over the levels, a norm per level, then the predicting convolution.
     Forward: [P3..P7] -> (B, A, out), anchors in the order of ops.make_anchors."""
 
-    def __init__(self, width, depth, anchors, out, norm, levels, bias, final_std):
+    def __init__(self, c_in, width, depth, anchors, out, norm, levels, bias, final_std, act=F.relu):
         super().__init__()
-        self.out = out
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=norm == "none") for _ in range(depth))
+        self.out, self.act = out, act
+        self.convs = nn.ModuleList(nn.Conv2d(c_in if i == 0 else width, width, 3, padding=1, bias=norm == "none")
+                                   for i in range(depth))
         self.norms = nn.ModuleList(nn.ModuleList(make_norm(norm, width) for _ in range(depth)) for _ in range(levels))
         self.final = nn.Conv2d(width, anchors * out, 3, padding=1)
         for conv in self.convs:
@@ -72,7 +75,7 @@ class Tower(nn.Module):
         rows = []
         for p, norms in zip(pyramid, self.norms):
             for conv, norm in zip(self.convs, norms):
-                p = F.relu(norm(conv(p)), inplace=True)
+                p = self.act(norm(conv(p)), inplace=True)
             p = self.final(p)  # (B, a*out, H, W)
             rows.append(p.permute(0, 2, 3, 1).reshape(len(p), -1, self.out))  # (B, H*W*a, out)
         return torch.cat(rows, 1)  # (B, A, out)
@@ -82,20 +85,25 @@ class RetinaNet(nn.Module):
     """images (B, 3, H, W), normalised -> class logits (B, A, K), box deltas (B, A, 4).
 
     backbone: name in backbones.py; levels: first and last pyramid level; width, depth: of the towers (256 and 4 in
-    the papers; SpineNet-190 512 and 7); norm: bn | gn | none for FPN and towers; backbone_norm: bn | gn | frozen.
+    the papers; see backbones.SPINENETS for theirs); norm: bn | gn | none for FPN and towers; backbone_norm: bn | gn |
+    frozen; act: relu | swish, of the towers.
     """
 
-    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=4, anchors=9, norm="bn", backbone_norm="bn"):
+    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=4, anchors=9, norm="bn", backbone_norm="bn", act="relu"):
         super().__init__()
         self.backbone = backbones.build(backbone, backbone_norm)
-        self.fpn = FPN(self.backbone.channels, levels, width, norm)
-        n = levels[1] - levels[0] + 1
+        self.levels, n = range(levels[0], levels[1] + 1), levels[1] - levels[0] + 1
+        pyramid = backbone in backbones.SPINENETS
+        self.fpn = None if pyramid else FPN(self.backbone.channels, levels, width, norm)
+        c_in = self.backbone.channels[levels[0]] if pyramid else width
+        act = {"relu": F.relu, "swish": F.silu}[act]
         std = 0.01 if norm == "none" else 1e-5  # torchvision starts the class convolution at 0.01, the TPU code at 1e-5
-        self.classes = Tower(width, depth, anchors, classes, norm, n, -math.log((1 - PRIOR) / PRIOR), std)
-        self.boxes = Tower(width, depth, anchors, 4, norm, n, 0.0, std)
+        self.classes = Tower(c_in, width, depth, anchors, classes, norm, n, -math.log((1 - PRIOR) / PRIOR), std, act)
+        self.boxes = Tower(c_in, width, depth, anchors, 4, norm, n, 0.0, std, act)
 
     def forward(self, images):
-        pyramid = self.fpn(self.backbone(images))
+        feats = self.backbone(images)
+        pyramid = self.fpn(feats) if self.fpn else [feats[l] for l in self.levels]
         return self.classes(pyramid), self.boxes(pyramid)
 
 
@@ -141,3 +149,31 @@ def from_torchvision(state, eps=0.0):
         weight, var = key.replace("running_var", "weight"), out[key].double()  # dead channels have variances near 1e-45
         out[weight] = (out[weight] * ((var + 1e-5) / (var + eps)).sqrt()).to(out[key].dtype)
     return out
+
+
+def coco_teacher(state, path="state"):
+    """A ready teacher in the form of our checkpoints from torchvision's retinanet_resnet50_fpn trained on COCO: the same
+    network, its 91 outputs cut down to the 80 that are classes (output = COCO's category id; 0 and eleven more have no
+    class). Detecting as torchvision does is what "image_size": None asks for. ValueError if state is anything else.
+    """
+    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    ids = [i for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    outputs = len(state.get("head.classification_head.cls_logits.bias", ())) // 9
+    if outputs != len(names):
+        raise ValueError(f"'{path}' has {outputs} class outputs; only COCO's {len(names)} have known names. Give torchvision's "
+                         "retinanet_resnet50_fpn COCO weights, or a checkpoint of st.py")
+    try:
+        model = from_torchvision(state)
+    except KeyError as key:
+        raise ValueError(f"'{path}' has {key}, which retinanet_resnet50_fpn lacks; give torchvision's COCO weights of that")
+    config = dict(backbone="resnet50", levels=(3, 7), width=256, depth=4, act="relu", norm="torchvision", momentum=0.1,
+                  image_size=None, seed=0, gradient_checkpointing=False)
+    with torch.device("meta"):
+        net = RetinaNet("resnet50", len(names), norm="none", backbone_norm="frozen")
+    net.name, net.norm = "torchvision's retinanet_resnet50_fpn", "frozen"
+    backbones.check_fit(net, model, path)
+    for key in ("classes.final.weight", "classes.final.bias"):
+        model[key] = model[key].unflatten(0, (9, len(names)))[:, ids].flatten(0, 1)  # (9 * 80, ...)
+    return {"model": model, "config": config, "class_ids": ids, "class_names": [names[i] for i in ids], "step": 0,
+            "role": "torchvision's COCO detector", "boxes_per_image": 860_001 / 118_287}  # of COCO train2017

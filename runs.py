@@ -79,18 +79,11 @@ def load_latest(folder):
     return None
 
 
-def load_checkpoint(path):
-    """A checkpoint file, or the newest in a stage's folder. UserError when there is none that st.py wrote."""
-    path = Path(path)
-    state = load_latest(path) if path.is_dir() else None
-    if path.is_file():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-            raise UserError(f"{path} is no checkpoint that can be loaded safely ({reason})")
+def load_checkpoint(folder):
+    """The newest checkpoint in a stage's folder. UserError when there is none."""
+    state = load_latest(folder)
     if not isinstance(state, dict) or "class_ids" not in state:
-        raise UserError(f"no checkpoint of st.py at {path}; give a step_*.pt file or the folder that holds it")
+        raise UserError(f"no checkpoint of st.py in {folder}; give a folder that holds step_*.pt files, or such a file")
     return state
 
 

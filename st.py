@@ -4,6 +4,7 @@ and Self-training").
     python st.py                                                    the embedded world, a few minutes on two cores
     torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
     python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
+    python st.py --mode pseudo --ckpt retinanet_resnet50_fpn_coco-eeacb38b.pth ...    with torchvision's COCO detector
     python st.py --mode eval   --ckpt runs/x/student --data coco --root COCO          score a checkpoint
 
 1. train a teacher on the labelled images          -> OUT/teacher/
@@ -32,13 +33,12 @@ import data
 import eval as evaluation
 import models
 import ops
+import recipes
 import runs
 import show
 import util
 import world
 from util import UserError
-
-BACKBONES = [*backbones.RESNETS, *backbones.EFFICIENTNETS]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Config:
     split: str = ""
     unlabeled: str = ""
     recipe: str = "tiny"
-    aug: str = "s4"
+    aug: str = None
     alpha: float = 1.0
     threshold: str = None
     student_init: str = "teacher"
@@ -69,10 +69,13 @@ class Config:
     lr: float = None
     optimizer: str = None
     accumulate: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
     precision: str = "auto"
     device: str = "auto"
     workers: int = -1
     save_every: int = 0
+    dry_run: bool = False
 
 
 HELP = {
@@ -88,8 +91,9 @@ HELP = {
         "split": "label split written by 'data.py split' instead of --labeled and --seed",
         "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
     "method": {
-        "recipe": "row of RECIPES: tiny (minutes on a CPU) or coco-r50 (COCO on many GPUs); flags override its fields",
-        "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter)",
+        "recipe": "row of recipes.py: tiny (minutes on a CPU), or for COCO on many GPUs " + ", ".join(
+            [*recipes.RECIPES][1:]) + "; flags override its fields",
+        "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
         "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
@@ -97,10 +101,12 @@ HELP = {
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
                    "steps and images per step"},
     "network": {
-        "backbone": "one of " + ", ".join(BACKBONES),
-        "init": "random, imagenet, or a checkpoint file for the backbone",
-        "norm": "{bn|gn} batch norm, or group norm (independent of how images are spread over processes)",
-        "ckpt": "checkpoint file or stage folder, for --mode pseudo and eval"},
+        "backbone": "one of " + ", ".join(backbones.NAMES),
+        "init": "of the backbone: random, imagenet (torchvision's weights), or a file: our checkpoint, torchvision's or timm's "
+                "weights (.pth, .safetensors), MoCo's checkpoint, simclr:FILE for a converted ResNet",
+        "norm": "{bn|gn|frozen} batch norm; group norm (independent of how images are spread over processes); or batch norm "
+                "with the backbone's kept as --init has it",
+        "ckpt": "for --mode pseudo and eval: checkpoint file or stage folder, or torchvision's retinanet_resnet50_fpn weights"},
     "training": {
         "image_size": "side of the square training canvas, a multiple of 32",
         "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones",
@@ -109,36 +115,28 @@ HELP = {
         "optimizer": "{sgd|adamw} sgd: momentum 0.9",
         "accumulate": "cut each step's batch into this many pieces: less memory, same loss (batch norm sees one piece; "
                       "with --norm gn the same result)",
+        "gradient_checkpointing": "keep less for the backward pass and compute it again: less memory, same result, slower",
+        "compile": "torch.compile the network for training (needs a C++ compiler on a CPU)",
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
         "device": "{auto|cpu|cuda} auto: the GPU if there is one",
         "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
-        "save_every": "steps between checkpoints (0: a tenth of the stage)"},
+        "save_every": "steps between checkpoints (0: a tenth of the stage)",
+        "dry_run": "print the effective settings, parameters, steps and memory, and exit"},
 }
 
-# One row per recipe. lr is for ref_batch images with human labels a step and scales with the batch.
-# coco-r50: the paper's recipe for EfficientNet-B7 on a ResNet-50 (640 px, batch 256, lr 0.32, warm-up 0.0032 -> 0.32 in
-# 1000 steps, weight decay 1e-4, 120k steps for random init with S4, threshold 0.5: all recalled). The paper's own lr and
-# length for its ResNet-50 (Table 4) are unknown.
-# tiny: ours. Objects of 22-72 px on a 128 px canvas want small anchors; few steps want AdamW and quicker batch-norm
-# averages; and a teacher worth learning from wants most of them (with 1500 + 1500 steps it was too weak to help).
-RECIPES = {
-    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=2500, student_steps=800,
-                 optimizer="adamw", lr=2e-3, warmup=50, weight_decay=0.05, clip=10.0, threshold="auto",
-                 levels=(3, 6), width=64, depth=2, anchor_base=2.0, momentum=0.1),
-    "coco-r50": dict(backbone="resnet50", image_size=640, batch=256, ref_batch=256, steps=120_000, student_steps=120_000,
-                     optimizer="sgd", lr=0.32, warmup=1000, weight_decay=1e-4, clip=0.0, threshold="0.5",
-                     levels=(3, 7), width=256, depth=4, anchor_base=4.0, momentum=0.003),
-}
 BOX_WEIGHT = 50.0  # of the Huber loss next to the focal loss (TPU detection code)
 FLOOR = 0.05  # detections under this score are not stored, unless the threshold is lower
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------------
 
-def lr_at(step, steps, peak, warmup):
-    """Linear warm-up from a hundredth of the peak, then a cosine to 0 (TPU code, modeling/learning_rates.py)."""
+def lr_at(step, steps, peak, warmup, warmup_from=0.01, drops=()):
+    """Linear warm-up from that share of the peak, then a cosine to 0 (TPU code, modeling/learning_rates.py), or a tenth
+    from each of the `drops` (shares of all steps) on."""
     if step < warmup:
-        return peak * (0.01 + 0.99 * step / warmup)
+        return peak * (warmup_from + (1 - warmup_from) * step / warmup)
+    if drops:
+        return peak * 0.1 ** sum(step >= round(d * steps) for d in drops)
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
@@ -179,6 +177,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
         optimizer.load_state_dict(state["optimizer"])
         averages, start = state["averages"], state["step"]
     ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
+    forward = torch.compile(ddp) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
                                c["workers"])
     stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
@@ -188,7 +187,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
             show.batch_sheet(batch, parts[0].class_names, Path(folder) / "first_batch.png")
         runs.note_bad(folder, batch["bad"], quarantine)
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
-        lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10))
+        lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10), c["warmup_from"], c["drops"])
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
         matched, classes, positives = assign(batch, anchors)
         per_image, objective = [], torch.zeros((), device=device)
@@ -196,7 +195,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
             part = batch["part"][rows]
             with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    logits, deltas = ddp(evaluation.normalise(batch["images"][rows], device))  # (B, A, K), (B, A, 4)
+                    logits, deltas = forward(evaluation.normalise(batch["images"][rows], device))  # (B, A, K), (B, A, 4)
                 each = losses_of(logits, deltas, anchors, batch["boxes"][rows], matched[rows], classes[rows], part,
                                  positives)
                 human, pseudo = each[part == 0].sum(), each[part == 1].sum()
@@ -251,7 +250,7 @@ def pseudo_label(folder, net, paths, floor, c, run, log):
             row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
             if "bad" not in d:
                 xywh = np.concatenate([d["boxes"][:, :2], d["boxes"][:, 2:] - d["boxes"][:, :2]], 1)
-                row.update(size=d["size"], boxes=xywh.astype(float).round(2).tolist(), labels=d["labels"].tolist(),
+                row.update(size=d["size"], boxes=xywh.astype(float).round(4).tolist(), labels=d["labels"].tolist(),
                            scores=d["scores"].astype(float).round(5).tolist())
             part.write(json.dumps({**row, **({"bad": d["bad"]} if "bad" in d else {})}) + "\n")
             if (n + 1) % 200 == 0:
@@ -266,11 +265,14 @@ def build(c, classes):
     """The network of settings c, on the CPU, weights drawn from c["seed"]. A backbone that starts from given weights
     stays trainable, batch norm included, as in the paper."""
     torch.manual_seed(c["seed"])
-    net = models.RetinaNet(c["backbone"], classes, c["levels"], c["width"], c["depth"], norm=c["norm"],
-                           backbone_norm=c["norm"])
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+    norm, backbone_norm = {"frozen": ("bn", "frozen"), "torchvision": ("none", "frozen")}.get(c["norm"], (c["norm"], c["norm"]))
+    net = models.RetinaNet(c["backbone"], classes, c["levels"], c["width"], c["depth"], norm=norm, backbone_norm=backbone_norm,
+                           act=c["act"])
+    for name, module in net.named_modules():  # EfficientNet keeps its own momentum, as in the TPU code
+        if isinstance(module, torch.nn.BatchNorm2d) and not (name.startswith("backbone.") and "efficientnet" in c["backbone"]):
             module.momentum = c["momentum"]
+    if c["gradient_checkpointing"]:
+        backbones.recompute(net, (*backbones.BLOCKS, models.Tower))
     return net.to(memory_format=torch.channels_last)
 
 
@@ -281,7 +283,38 @@ def initialise(backbone, source):
         raise UserError(f"--init {source}: {error}")
 
 
+def check_trainable(net, c):
+    """What trains is decided by the init: everything; or with --norm frozen, which wants given weights, everything but the
+    backbone's batch norms. A network from scratch with frozen norms or a frozen stem never learns."""
+    frozen = [m for m in net.modules() if isinstance(m, backbones.FrozenBatchNorm2d)]
+    assert all(p.requires_grad for p in net.parameters()) and bool(frozen) == (c["norm"] == "frozen")
+    assert not frozen or c["init"] != "random"
+    assert not frozen or not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.backbone.modules())
+
+
+def read_checkpoint(path):
+    """A checkpoint of ours (file, or the newest in a stage's folder), or torchvision's COCO detector as one."""
+    if not os.path.exists(path):
+        raise UserError(f"--ckpt {path} does not exist; give a step_*.pt file, the folder that holds it, or torchvision's "
+                        "retinanet_resnet50_fpn weights")
+    if os.path.isdir(path):
+        return runs.load_checkpoint(path)
+    try:
+        state = backbones.read_file(os.fspath(path))
+        if isinstance(state, dict) and "class_ids" not in state and any(str(k).startswith("head.") for k in state):
+            return models.coco_teacher(state, path)
+    except ValueError as error:
+        raise UserError(f"--ckpt: {error}")
+    if not isinstance(state, dict) or "class_ids" not in state:
+        raise UserError(f"--ckpt {path} is neither a checkpoint of st.py nor torchvision's retinanet_resnet50_fpn weights; give "
+                        "a step_*.pt file, the folder that holds it, or those weights")
+    return state
+
+
 def anchors_for(c, device):
+    """(A, 4) for the recipe's canvas; None for torchvision's detector, whose canvas follows the image."""
+    if c["image_size"] is None:
+        return None
     return ops.make_anchors(c["image_size"], c["image_size"], c["levels"], c["anchor_base"], device=device)
 
 
@@ -351,6 +384,7 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
         net.load_state_dict(runs.load_checkpoint(start_from)["model"])
     elif c["init"] != "random":
         log.say(initialise(net.backbone, c["init"]))
+    check_trainable(net, c)
     net.to(device)
     log.say(f"{folder}: {steps} steps of {' + '.join(map(str, counts))} images in {c['accumulate']} pieces on {ranks} "
             f"processes, {c['optimizer']} lr {scaled_lr(c):.4g} (given {c['lr']:g} at batch {c['ref_batch']}), "
@@ -377,7 +411,7 @@ def labelled_by(folder, teacher, c, paths, held, boxes_per_image, class_share, d
     result = util.rank0_first(lambda: runs.stage(folder, deps))
     if result and result["asked"] == asked:
         return result
-    state = runs.load_checkpoint(teacher)
+    state = read_checkpoint(teacher)
     net = build(c, len(state["class_ids"]))
     net.load_state_dict(state["model"])
     net.to(device)
@@ -400,9 +434,10 @@ def labelled_by(folder, teacher, c, paths, held, boxes_per_image, class_share, d
     log.say(f"{folder}: threshold {threshold:.2f} ({asked}) keeps {result['boxes']} boxes, {kept:.2f} an image (labelled "
             f"images have {boxes_per_image:.2f}); {1 - result['with_boxes'] / max(result['images'], 1):.0%} of "
             f"{result['images']} images keep none and are left out; {result['bad']} unusable images")
+    often = sorted(result["per_class"].items(), key=lambda row: -row[1])
     log.say("  share per class, labelled share in brackets: " + ", ".join(
-        f"{k} {v / max(result['boxes'], 1):.0%}" + (f" ({class_share[k]:.0%})" if class_share else "")
-        for k, v in result["per_class"].items()))
+        f"{k} {v / max(result['boxes'], 1):.0%}" + (f" ({class_share[k]:.0%})" if class_share else "") for k, v in often[:20])
+        + (f", {len(often) - 20} rarer classes" if len(often) > 20 else ""))
     if kept < 0.02 * boxes_per_image or not result["boxes"]:
         raise UserError(f"{folder} is (almost) empty: {result['boxes']} boxes on {result['images']} images at threshold "
                         f"{threshold:.2f}. The teacher is too weak: train it longer, or "
@@ -418,7 +453,13 @@ def main(argv=None):
     run = (rank, ranks, device, util.precision(flags.precision, device))
     if flags.mode in ("pseudo", "eval"):
         return use_checkpoint(flags, run)
-    c, out = settings(flags, ranks), Path(flags.out)
+    c, out = recipes.settings(flags, ranks), Path(flags.out)
+    if flags.dry_run:
+        with torch.device("meta"):
+            net = build(c, 80)
+        if rank == 0:
+            print(recipes.dry_run(net, c, 80, ranks, run[3]))
+        return
     util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", rank)
 
@@ -452,7 +493,8 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces.
-    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold"] + ["accumulate"] * (c["norm"] == "gn")
+    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold", "student_aug",
+            "gradient_checkpointing"] + ["accumulate"] * (c["norm"] == "gn")
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
     if Path(c["init"]).is_file():
         same["init"] = data.file_digest(c["init"])
@@ -467,13 +509,14 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
         labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, len(human.boxes) / len(human),
                              class_share, {**source, "image_size": c["image_size"], "precision": str(run[3])}, run, log)
         pseudo = data.load_coco(out / f"pseudo{suffix}/pseudo.json", labels["root"], human.class_ids)
-        after = {**same, "steps": c["student_steps"], "student_init": flags.student_init}
+        c_student = {**c, "aug": c["student_aug"]}
+        after = {**same, "aug": c["student_aug"], "steps": c["student_steps"], "student_init": flags.student_init}
         start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")
-        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c, {
+        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c_student, {
             **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"],
             "images_per_step": [c["batch"], c["batch"]]}, val, run, log)
         if flags.control:  # as many steps and images per step, but no pseudo-label ever
-            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start_control, c, {
+            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start_control, c_student, {
                 **after, "teacher": results[control]["weights"], "images_per_step": [2 * c["batch"]]}, val, run, log)
         teacher, control = f"student{suffix}", f"control{suffix}"
     return results
@@ -484,46 +527,6 @@ def table(results):
     for name, r in results.items():
         rows.append(f"{name:10s}" + "".join(f"{r[m]:8.3f}" for m in ("AP", "AP50", "AP75", "AR100")))
     return "\n".join(rows)
-
-
-def settings(flags, ranks):
-    """The recipe's row with the flags laid over it: every value that training uses."""
-    if flags.recipe not in RECIPES:
-        raise UserError(f"--recipe {flags.recipe} does not exist; there are {', '.join(RECIPES)}")
-    c = dict(RECIPES[flags.recipe])
-    c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
-    c.update({k: getattr(flags, k) for k in ("aug", "alpha", "init", "norm", "seed", "accumulate", "workers", "save_every")})
-    if flags.student_steps is None and flags.steps is not None:
-        c["student_steps"] = flags.steps
-    row, pieces, size = RECIPES[flags.recipe], ranks * max(c["accumulate"], 1), c["image_size"]
-    coarsest = math.ceil(size / 2 ** c["levels"][1]) ** 2  # cells of the last level
-    for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
-        if not c[name] >= least:
-            raise UserError(f"--{name.replace('_', '-')} {c[name]} is too small; give {least} or more")
-    for wrong, line in (
-            (not c["lr"] > 0 or flags.rounds < 1, f"--lr {c['lr']} and --rounds {flags.rounds} must be positive"),
-            (c["backbone"] not in BACKBONES, f"--backbone {c['backbone']} does not exist; there are {', '.join(BACKBONES)}"),
-            (size % 32 or size <= 0, f"--image-size {size} is not a multiple of 32; use {max(32, size // 32 * 32)}"),
-            (c["batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
-                                  f"{c['accumulate']}; use a multiple of {pieces}"),
-            (c["norm"] == "bn" and c["batch"] // pieces * coarsest < 2,
-             f"batch norm has a single value to average on the coarsest level at --batch {c['batch']}, --image-size {size}; "
-             "raise either, or use --norm gn"),
-            (not 0 < flags.labeled <= 1, f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1"),
-            (c["threshold"] != "auto" and not is_score(c["threshold"]),
-             f"--threshold {c['threshold']} is neither auto nor a number from 0 to below 1"),
-            (c["optimizer"] != row["optimizer"] and flags.lr is None,
-             f"--optimizer {c['optimizer']} needs --lr: that of --recipe {flags.recipe} is for {row['optimizer']}")):
-        if wrong:
-            raise UserError(line)
-    return c
-
-
-def is_score(text):
-    try:
-        return 0 <= float(text) < 1
-    except ValueError:
-        return False
 
 
 def locate(flags):
@@ -562,8 +565,8 @@ def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
-    state = runs.load_checkpoint(flags.ckpt)
-    c = {**state["config"], "workers": flags.workers}
+    state = read_checkpoint(flags.ckpt)
+    c = {**state["config"], "workers": flags.workers, "gradient_checkpointing": False}
     if flags.mode == "eval":
         net, log = build(c, len(state["class_ids"])), util.Log(None, run[0])
         net.load_state_dict(state["model"])
@@ -575,7 +578,7 @@ def use_checkpoint(flags, run):
     out, threshold = Path(flags.out), flags.threshold or "0.5"  # the paper's (recalled)
     if not flags.unlabeled:
         raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
-    if not is_score(threshold):
+    if not recipes.is_score(threshold):
         raise UserError(f"--threshold {threshold} is not a number between 0 and 1; the report of the run that trained --ckpt "
                         "shows precision and recall for each")
     if flags.out == Config.out or (out / "config.json").exists():

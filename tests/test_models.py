@@ -162,7 +162,7 @@ def test_outputs_have_one_row_per_anchor_for_any_size(backbone, levels, h, w):
 def test_rows_of_a_tower_stand_at_the_places_of_the_anchors():
     """Maps that hold their own x, y and level, and a last convolution that copies them and adds the anchor's number."""
     levels, (H, W) = (3, 5), (64, 96)
-    tower = models.Tower(3, 0, 9, 4, "none", 3, 0.0, 0.0)
+    tower = models.Tower(3, 3, 0, 9, 4, "none", 3, 0.0, 0.0)
     with torch.no_grad():
         for a in range(9):
             for c in range(3):
