@@ -429,6 +429,7 @@ def load_backbone(model, source):
     .pth (or .safetensors, if that package is installed) in one of the namings of SOURCES: our checkpoints, bare backbones,
     torchvision's and timm's classifiers, MoCo's and DataParallel's training checkpoints | 'simclr:' + path of a ResNet
     converted from SimCLR (torchvision's names, but trained on pixels in 0..1: that is folded into the first layer).
+    Not for timm's AdvProp weights (_ap), whose images are normalised differently; the file cannot tell.
     Anything but a complete, exact fit is a one-line ValueError and leaves the model as it was.
     """
     if source == "random":

@@ -2,6 +2,7 @@
 in a process of its own, so that a slow moment of the machine hits all.
 
     python bench.py train [--size 320 --batch 4 --threads 2 --rounds 7]      a training step, RetinaNet ResNet-50-FPN
+    python bench.py recipe --recipe coco-b7 --batch 8 [--size 640]           images/s and peak memory of a recipe on this device
 """
 import argparse
 import statistics
@@ -13,8 +14,7 @@ import torch
 import torchvision
 
 import eval as evaluation
-import models
-import ops
+import recipes
 import st
 import util
 from util import UserError, run
@@ -30,25 +30,23 @@ def fake_batch(size, batch, boxes=8, classes=80):
     return {"images": images, "boxes": xyxy, "labels": labels, "part": torch.zeros(batch, dtype=torch.int64)}
 
 
-def our_step(batch, size, dtype, channels_last):
-    """The inside of st.train's loop for one supervised step: the paper's network, per-level batch norm included."""
-    torch.manual_seed(0)
-    net = models.RetinaNet("resnet50", 80).train()
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    anchors = ops.make_anchors(size, size)
-    optimizer = torch.optim.SGD(models.weight_decay_groups(net, 1e-4), lr=1e-3, momentum=0.9)
+def our_step(batch, c, device, dtype, channels_last=True):
+    """The inside of st.train's loop for one supervised step, the loader left out. c: settings as from recipes.settings."""
+    net = st.build(c, 80).to(device).train()
+    net = net if channels_last else net.to(memory_format=torch.contiguous_format)
+    anchors, optimizer = st.anchors_for(c, device), st.make_optimizer(net, c)
+    forward = st.compiled(net, device) if c["compile"] else net
 
     def step():
-        matched, classes, positives = st.assign(batch, anchors)
-        x = evaluation.normalise(batch["images"], torch.device("cpu"))
-        x = x if channels_last else x.contiguous()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits, deltas = net(x)
-        st.losses_of(logits, deltas, anchors, batch["boxes"], matched, classes, batch["part"], positives).sum().backward()
+        on_device = {k: v.to(device) for k, v in batch.items()}
+        matched, classes, positives = st.assign(on_device, anchors)
+        x = evaluation.normalise(on_device["images"], device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits, deltas = forward(x if channels_last else x.contiguous())
+        st.losses_of(logits, deltas, anchors, on_device["boxes"], matched, classes, on_device["part"], positives).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    return net, step
 
 
 def torchvision_step(batch, size, dtype, channels_last):
@@ -85,9 +83,13 @@ def serve(name, size, batch, threads):
     """A rival's own process: a step for every line on stdin, its seconds on stdout."""
     step, dtype, channels_last = RIVALS[name]
     if step is our_step:
-        util.setup(workers=0)  # the allocator settings that st.py runs with; torchvision runs as it would for a user
+        util.setup("cpu", workers=0)  # the allocator settings that st.py runs with; torchvision runs as it would for a user
     torch.set_num_threads(threads)
-    step = step(fake_batch(size, batch), size, dtype, channels_last)
+    if step is our_step:
+        c = recipes.settings(st.Config(recipe="coco-r50", image_size=size, batch=batch), 1)
+        _, step = our_step(fake_batch(size, batch), c, torch.device("cpu"), dtype, channels_last)
+    else:
+        step = step(fake_batch(size, batch), size, dtype, channels_last)
     for _ in sys.stdin:
         began = time.perf_counter()
         step()
@@ -124,13 +126,43 @@ def train(size, batch, threads, rounds):
     print(f"  both fp32                            {ratio(plain, theirs)}")
 
 
+def recipe(name, size, batch, rounds, compile, gradient_checkpointing):
+    """Training steps of a recipe on this device, without the loader: images/s, and peak memory where it can be read."""
+    _, _, device, _ = util.setup(workers=0)
+    dtype = util.precision("auto", device)
+    c = recipes.settings(st.Config(recipe=name, image_size=size, batch=batch, compile=compile,
+                                   gradient_checkpointing=gradient_checkpointing), 1)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    net, step = our_step(fake_batch(c["image_size"], batch), c, device, dtype)
+    times = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        step()
+        wait()
+        times.append(time.perf_counter() - began)
+    each = [batch / t for t in times[2:]]  # two rounds of warming up
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else "not measured on a CPU"
+    fixed, image = recipes.memory(st.build(c, 80).to("meta"), c, 1, dtype)
+    print(f"{name}, {c['image_size']} px, batch {batch}, {str(dtype)[6:]} on "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {rounds} rounds\n"
+          f"  images/s     median {statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})\n"
+          f"  peak memory  {peak} (estimated {(fixed + batch * image) / 1e9:.1f} GB)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train"])
-    for name, value in (("size", 320), ("batch", 4), ("threads", 2), ("rounds", 7)):
+    parser.add_argument("what", choices=["train", "recipe"])
+    parser.add_argument("--recipe", default="coco-r50", help="row of recipes.py, for 'recipe'")
+    parser.add_argument("--size", type=int, help="default: 320, or the recipe's")
+    for name, value in (("batch", 4), ("threads", 2), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--compile", action="store_true", help="for 'recipe', as in st.py")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for 'recipe', as in st.py")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.what == "recipe":
+        return recipe(args.recipe, args.size, args.batch, args.rounds, args.compile, args.gradient_checkpointing)
+    args.size = args.size or 320
     if min(args.size, args.batch, args.threads, args.rounds) < 1:
         raise UserError("--size, --batch, --threads and --rounds must be 1 or more")
     if args.size % 32:

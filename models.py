@@ -89,7 +89,8 @@ class RetinaNet(nn.Module):
     frozen; act: relu | swish, of the towers.
     """
 
-    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=4, anchors=9, norm="bn", backbone_norm="bn", act="relu"):
+    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=4, anchors=9, norm="bn", backbone_norm="bn",
+                 act="relu"):
         super().__init__()
         self.backbone = backbones.build(backbone, backbone_norm)
         self.levels, n = range(levels[0], levels[1] + 1), levels[1] - levels[0] + 1

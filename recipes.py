@@ -1,4 +1,4 @@
-"""Settings: the recipes of the papers as rows of one table, the flags laid over a row, and what the result costs.
+"""Settings of st.py: its flags, the recipes of the papers as rows of one table, flags laid over a row, and what it costs.
 
 [code] is the TensorFlow TPU detection code (tensorflow/tpu, models/official/detection), [recalled] is the paper's text from
 memory, not checked against a copy. lr is for ref_batch human-labelled images a step and scales with --batch (see st.scaled_lr).
@@ -6,15 +6,15 @@ memory, not checked against a copy. lr is for ref_batch human-labelled images a 
     python st.py --recipe coco-b7 --dry-run        prints the effective settings, parameters, steps and memory, and exits
 """
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
 import backbones
 from util import UserError
 
-# What the COCO recipes share: Zoph et al. 2020, section 4.1 of the appendix on EfficientNet-B7 [recalled]; levels, heads, anchors,
-# momentum 0.997 (0.003 in PyTorch's way of counting), threshold 0.5, SGD with momentum 0.9 are [code] or recalled as in st.py.
+# What the COCO recipes share: size, batch, lr and its warm-up, weight decay and threshold are Zoph et al. 2020's for
+# EfficientNet-B7 [recalled]; optimiser, levels, heads, anchors and momentum (0.997 in TensorFlow's counting) are [code].
 COCO = dict(image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=1000, warmup_from=0.01, drops=(), weight_decay=1e-4,
             clip=0.0, threshold="0.5", aug="s4", student_aug="s4", levels=(3, 7), width=256, depth=4, anchor_base=4.0, act="relu",
             momentum=0.003)
@@ -42,9 +42,93 @@ RECIPES = {
     "coco-spinenet96": dict(SPINENET, backbone="spinenet96", aug="s1-large", student_aug="s1-large", anchor_base=3.0,
                             image_size=1024),
     "coco-spinenet143": dict(SPINENET, backbone="spinenet143", aug="s1-wide", student_aug="s3", image_size=1280),
-    "coco-spinenet190": dict(SPINENET, backbone="spinenet190", aug="s1-wide", student_aug="s3", image_size=1280, width=512, depth=7,
-                             lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
+    "coco-spinenet190": dict(SPINENET, backbone="spinenet190", aug="s1-wide", student_aug="s3", image_size=1280,
+                             width=512, depth=7, lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
                              drops=(171_310 / 185_200, 180_570 / 185_200)),
+}
+
+
+@dataclass
+class Config:
+    mode: str = "run"
+    out: str = "runs/default"
+    seed: int = 0
+    data: str = "shapes"
+    root: str = "datasets/shapes"
+    labeled: float = 0.2
+    split: str = ""
+    unlabeled: str = ""
+    recipe: str = "tiny"
+    aug: str = None
+    alpha: float = 1.0
+    threshold: str = None
+    student_init: str = "teacher"
+    rounds: int = 1
+    control: bool = False
+    backbone: str = None
+    init: str = "random"
+    norm: str = "bn"
+    ckpt: str = ""
+    image_size: int = None
+    batch: int = None
+    steps: int = None
+    student_steps: int = None
+    lr: float = None
+    optimizer: str = None
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    workers: int = -1
+    save_every: int = 0
+    dry_run: bool = False
+
+
+HELP = {
+    "what to do": {
+        "mode": "{run|train|pseudo|eval} run: the whole pipeline; train: the teacher only; pseudo: label --unlabeled "
+                "with --ckpt; eval: score --ckpt",
+        "out": "run directory; the same command resumes it",
+        "seed": "of initial weights, label split, image order and augmentation"},
+    "data": {
+        "data": "{shapes|coco} shapes: the embedded world; coco: COCO json files",
+        "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/",
+        "labeled": "fraction of the training images whose labels are used",
+        "split": "label split written by 'data.py split' instead of --labeled and --seed",
+        "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
+    "method": {
+        "recipe": "row of recipes.py: tiny (minutes on a CPU), or for COCO on many GPUs " + ", ".join(
+            [*RECIPES][1:]) + "; flags override its fields",
+        "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
+        "alpha": "weight of the pseudo-labels in the joint loss",
+        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
+        "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
+        "rounds": "repetitions of teacher <- student",
+        "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
+                   "steps and images per step"},
+    "network": {
+        "backbone": "one of " + ", ".join(backbones.NAMES),
+        "init": "of the backbone: random, imagenet (torchvision's weights), or a file: our checkpoint, torchvision's or timm's "
+                "weights (.pth, .safetensors), MoCo's checkpoint, simclr:FILE for a converted ResNet",
+        "norm": "{bn|gn|frozen} batch norm; group norm (independent of how images are spread over processes); or batch norm "
+                "with the backbone's kept as --init has it",
+        "ckpt": "for --mode pseudo and eval: checkpoint file or stage folder, or torchvision's retinanet_resnet50_fpn weights"},
+    "training": {
+        "image_size": "side of the square training canvas, a multiple of 32",
+        "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones",
+        "steps": "of the teacher", "student_steps": "of the student (and the control)",
+        "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
+        "optimizer": "{sgd|adamw} sgd: momentum 0.9",
+        "accumulate": "cut each step's batch into this many pieces: less memory, same loss (batch norm sees one piece; "
+                      "with --norm gn the same result)",
+        "gradient_checkpointing": "keep less for the backward pass and compute it again: less memory, same result, slower",
+        "compile": "torch.compile the network for training (needs a C++ compiler on a CPU)",
+        "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
+        "device": "{auto|cpu|cuda} auto: the GPU if there is one",
+        "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
+        "save_every": "steps between checkpoints (0: a tenth of the stage)",
+        "dry_run": "print the effective settings, parameters, steps and memory, and exit"},
 }
 
 

@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,91 +38,9 @@ import runs
 import show
 import util
 import world
+from recipes import HELP, Config
 from util import UserError
 
-
-@dataclass
-class Config:
-    mode: str = "run"
-    out: str = "runs/default"
-    seed: int = 0
-    data: str = "shapes"
-    root: str = "datasets/shapes"
-    labeled: float = 0.2
-    split: str = ""
-    unlabeled: str = ""
-    recipe: str = "tiny"
-    aug: str = None
-    alpha: float = 1.0
-    threshold: str = None
-    student_init: str = "teacher"
-    rounds: int = 1
-    control: bool = False
-    backbone: str = None
-    init: str = "random"
-    norm: str = "bn"
-    ckpt: str = ""
-    image_size: int = None
-    batch: int = None
-    steps: int = None
-    student_steps: int = None
-    lr: float = None
-    optimizer: str = None
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    precision: str = "auto"
-    device: str = "auto"
-    workers: int = -1
-    save_every: int = 0
-    dry_run: bool = False
-
-
-HELP = {
-    "what to do": {
-        "mode": "{run|train|pseudo|eval} run: the whole pipeline; train: the teacher only; pseudo: label --unlabeled "
-                "with --ckpt; eval: score --ckpt",
-        "out": "run directory; the same command resumes it",
-        "seed": "of initial weights, label split, image order and augmentation"},
-    "data": {
-        "data": "{shapes|coco} shapes: the embedded world; coco: COCO json files",
-        "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/",
-        "labeled": "fraction of the training images whose labels are used",
-        "split": "label split written by 'data.py split' instead of --labeled and --seed",
-        "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
-    "method": {
-        "recipe": "row of recipes.py: tiny (minutes on a CPU), or for COCO on many GPUs " + ", ".join(
-            [*recipes.RECIPES][1:]) + "; flags override its fields",
-        "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
-        "alpha": "weight of the pseudo-labels in the joint loss",
-        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
-        "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
-        "rounds": "repetitions of teacher <- student",
-        "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
-                   "steps and images per step"},
-    "network": {
-        "backbone": "one of " + ", ".join(backbones.NAMES),
-        "init": "of the backbone: random, imagenet (torchvision's weights), or a file: our checkpoint, torchvision's or timm's "
-                "weights (.pth, .safetensors), MoCo's checkpoint, simclr:FILE for a converted ResNet",
-        "norm": "{bn|gn|frozen} batch norm; group norm (independent of how images are spread over processes); or batch norm "
-                "with the backbone's kept as --init has it",
-        "ckpt": "for --mode pseudo and eval: checkpoint file or stage folder, or torchvision's retinanet_resnet50_fpn weights"},
-    "training": {
-        "image_size": "side of the square training canvas, a multiple of 32",
-        "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones",
-        "steps": "of the teacher", "student_steps": "of the student (and the control)",
-        "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
-        "optimizer": "{sgd|adamw} sgd: momentum 0.9",
-        "accumulate": "cut each step's batch into this many pieces: less memory, same loss (batch norm sees one piece; "
-                      "with --norm gn the same result)",
-        "gradient_checkpointing": "keep less for the backward pass and compute it again: less memory, same result, slower",
-        "compile": "torch.compile the network for training (needs a C++ compiler on a CPU)",
-        "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
-        "device": "{auto|cpu|cuda} auto: the GPU if there is one",
-        "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
-        "save_every": "steps between checkpoints (0: a tenth of the stage)",
-        "dry_run": "print the effective settings, parameters, steps and memory, and exit"},
-}
 
 BOX_WEIGHT = 50.0  # of the Huber loss next to the focal loss (TPU detection code)
 FLOOR = 0.05  # detections under this score are not stored, unless the threshold is lower
@@ -177,7 +95,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
         optimizer.load_state_dict(state["optimizer"])
         averages, start = state["averages"], state["step"]
     ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
-    forward = torch.compile(ddp) if c["compile"] else ddp
+    forward = compiled(ddp, device) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
                                c["workers"])
     stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts)), set()
@@ -338,6 +256,15 @@ def distribute(net, device, ranks):
     if device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def compiled(net, device):
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))  # fails here, not in the middle of the first step
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"--compile: this machine cannot compile ({reason}); install a C++ compiler, or leave the flag out")
+    return torch.compile(net)
 
 
 class Meter:
