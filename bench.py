@@ -34,16 +34,16 @@ def our_step(batch, c, device, dtype, channels_last=True):
     """The inside of st.train's loop for one supervised step, the loader left out. c: settings as from recipes.settings."""
     net = st.build(c, 80).to(device).train()
     net = net if channels_last else net.to(memory_format=torch.contiguous_format)
-    anchors, optimizer = st.anchors_for(c, device), st.make_optimizer(net, c)
+    (prepare, losses), optimizer = st.TASKS[c["task"]].criterion(c, device), st.make_optimizer(net, c)
     forward = st.compiled(net, device) if c["compile"] else net
 
     def step():
         on_device = {k: v.to(device) for k, v in batch.items()}
-        matched, classes, positives = st.assign(on_device, anchors)
+        targets, normaliser = prepare(on_device)
         x = evaluation.normalise(on_device["images"], device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, deltas = forward(x if channels_last else x.contiguous())
-        st.losses_of(logits, deltas, anchors, on_device["boxes"], matched, classes, on_device["part"], positives).sum().backward()
+            outputs = forward(x if channels_last else x.contiguous())
+        losses(outputs, targets, on_device["part"], normaliser).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return net, step

@@ -70,6 +70,11 @@ class Detections:
         return {"boxes": self.boxes[rows], "labels": self.labels[rows], "scores": self.scores[rows],
                 "crowd": self.crowd[rows], "image_id": int(self.ids[i]), "size": tuple(int(v) for v in self.sizes[i])}
 
+    def read(self, i):
+        """(image, target); BadImage if the file cannot be used."""
+        target = self.target(i)
+        return read_image(self.path(i), target["size"]), target
+
     def subset(self, index):
         """The images at `index`, in that order."""
         index = np.asarray(index, dtype=np.int64)
@@ -130,7 +135,7 @@ def _load_coco(path, image_dir, class_ids, class_names, strict):
     if len(np.unique(ids)) != len(ids):
         raise UserError(f"{path} gives the image id {ids[:-1][ids[1:] == ids[:-1]][0]} twice; ids must be unique")
     files = [im["file_name"] for im in images]
-    _stay_inside(files, path, image_dir)
+    stay_inside(files, path, image_dir)
     sizes = np.array([[im["height"], im["width"]] for im in images], dtype=np.int32).reshape(-1, 2)
 
     rows = value["annotations"]
@@ -171,7 +176,7 @@ def _lookup(table, values):
     return at, table[at] == values
 
 
-def _stay_inside(names, path, image_dir):
+def stay_inside(names, path, image_dir):
     for name in names:
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise UserError(f"{path} has the file_name '{name}', which leaves the image folder {image_dir}; make it relative")
@@ -230,7 +235,7 @@ def list_images(source):
         info = value["info"] if isinstance(value.get("info"), dict) else {}
         folder = info["root"] if os.path.isdir(info.get("root", "")) else _folder_beside(path)
         names = [im["file_name"] for im in value["images"] if "file_name" in im]
-        _stay_inside(names, path, folder)
+        stay_inside(names, path, folder)
         found = [os.path.join(folder, name) for name in names]
     elif path.suffix == ".txt" and path.exists():
         found = [os.path.join(path.parent, line.strip()) for line in path.read_text().splitlines() if line.strip()]
@@ -294,7 +299,7 @@ def read_split(path, annotation_file):
 
 def apply_split(split, train, hold_out):
     """(labelled, held-out, rest) as Detections. hold_out=False keeps all labelled images for training."""
-    position = {int(v): i for i, v in enumerate(train.ids)}
+    position = {v: i for i, v in enumerate(train.ids.tolist())}
     missing = [v for v in split["labeled"] + split["rest"] if v not in position]
     if missing:
         raise UserError(f"the split names image ids that {train.root} does not have, first {missing[:3]}; make it anew")
@@ -320,8 +325,14 @@ def shuffled_index(position, n, seed):
     return int(_shuffled(n, seed, position // n)[position % n])
 
 
+def nothing(image_id):
+    """The target of an image without boxes."""
+    return {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64), "scores": np.zeros(0, np.float32),
+            "crowd": np.zeros(0, bool), "image_id": image_id}
+
+
 class TrainImages(torch.utils.data.Dataset):
-    """parts: list of Detections, human labels first. Keys are (part, step, slot, index): the augmentation's random
+    """parts: list of Detections or of voc.Masks, human labels first. Keys are (part, step, slot, index): the augmentation's random
     numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
 
     def __init__(self, parts, policy, size, seed):
@@ -333,8 +344,7 @@ class TrainImages(torch.utils.data.Dataset):
         for attempt in range(20):
             i = (index + attempt) % len(images)  # a bad image is replaced by its neighbour
             try:
-                target = images.target(i)
-                image = read_image(images.path(i), target["size"])
+                image, target = images.read(i)
                 break
             except BadImage as error:
                 bad.append(str(error))
@@ -350,19 +360,16 @@ class TrainImages(torch.utils.data.Dataset):
 
 class EvalImages(torch.utils.data.Dataset):
     """Images resized to fit a square of side `size` (None: as they are), unaugmented; labels are not read. source:
-    Detections or an array of paths."""
+    Detections, voc.Masks or an array of paths."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
 
     def __getitem__(self, i):
-        target = dict.fromkeys(("boxes", "labels", "scores", "crowd"), np.zeros(0))
-        target.update(boxes=np.zeros((0, 4), np.float32), image_id=i)
+        target = nothing(i)
         try:
-            if isinstance(self.source, Detections):
-                image = read_image(self.source.path(i), self.source.target(i)["size"])
-            else:
-                image = read_image(os.fsdecode(bytes(self.source[i])))
+            image = read_image(os.fsdecode(bytes(self.source[i]))) if isinstance(self.source, np.ndarray) \
+                else self.source.read(i)[0]
             bad = []
         except BadImage as error:
             image, bad = Image.new("RGB", (self.size or 32, self.size or 32)), [str(error)]
@@ -386,6 +393,8 @@ def collate(samples):
     batch = {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2), "boxes": torch.from_numpy(boxes),
              "labels": torch.from_numpy(labels), "part": torch.tensor(parts),
              "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": reasons}
+    if "mask" in targets[0]:
+        batch["masks"] = torch.from_numpy(np.stack([t["mask"] for t in targets]))  # (B, S, S) uint8
     if "scale" in targets[0]:
         batch["scale"] = torch.tensor([t["scale"] for t in targets])
         batch["original"] = torch.tensor([t["original"] for t in targets])  # (B, 2) h, w
@@ -470,48 +479,6 @@ def read_parts(folder):
     or {"i", "file", "bad"}. Every part is in order already, so merging holds one line per part in memory."""
     streams = [map(json.loads, open(part)) for part in pseudo_parts(folder)]
     return heapq.merge(*streams, key=lambda row: row["i"])
-
-
-def merge_pseudo(folder, out, threshold, class_ids, class_names, info):
-    """Writes the boxes with score >= threshold as a COCO json with a score per annotation. Images that keep no box
-    stay out: from a weak teacher they are mostly misses, and trained on they would teach the student to miss too.
-    Returns {"images", "with_boxes", "boxes", "bad", "per_class": {name: count}}."""
-    stats, per_class = Counter(), Counter({name: 0 for name in class_names})
-    folders = {os.path.dirname(row["file"]) for row in read_parts(folder)}
-    root = os.path.commonpath(folders) if folders else os.getcwd()
-
-    def kept(row):
-        return [j for j, s in enumerate(row["scores"]) if s >= threshold]
-
-    def write(path):
-        with open(path, "w") as f:  # two passes over the parts, so that memory does not grow with their number
-            categories = [{"id": c, "name": n} for c, n in zip(class_ids, class_names)]
-            f.write('{"info": ' + json.dumps({**info, "threshold": threshold, "root": root}))
-            f.write(',\n"categories": ' + json.dumps(categories) + ',\n"images": [')
-            comma = "\n"
-            for row in read_parts(folder):
-                stats["images"] += 1
-                stats["bad"] += "bad" in row
-                if "bad" in row or not kept(row):
-                    continue
-                stats["with_boxes"] += 1
-                f.write(comma + json.dumps({"id": row["i"] + 1, "file_name": os.path.relpath(row["file"], root),
-                                            "height": row["size"][0], "width": row["size"][1]}))
-                comma = ",\n"
-            f.write('],\n"annotations": [')
-            comma = "\n"
-            for row in read_parts(folder):
-                for j in kept(row) if "bad" not in row else ():
-                    stats["boxes"] += 1
-                    per_class[class_names[row["labels"][j]]] += 1
-                    x, y, w, h = row["boxes"][j]
-                    f.write(comma + json.dumps({
-                        "id": stats["boxes"], "image_id": row["i"] + 1, "category_id": class_ids[row["labels"][j]],
-                        "bbox": [x, y, w, h], "area": round(w * h, 2), "iscrowd": 0, "score": row["scores"][j]}))
-                    comma = ",\n"
-            f.write("]}\n")
-    write_atomic(out, write)
-    return {**{k: stats[k] for k in ("images", "with_boxes", "boxes", "bad")}, "per_class": dict(per_class), "root": root}
 
 
 # ---- command line ------------------------------------------------------------------------------------------------

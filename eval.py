@@ -1,4 +1,4 @@
-"""Scores: COCO AP of a detector, precision and recall of its boxes, the pseudo-label threshold.
+"""Scores: COCO AP of a detector, precision and recall of its boxes, the pseudo-label threshold; IoU of a segmenter.
 
 Every process detects on its share of the images; rank 0 scores with pycocotools (the reference implementation) and all
 ranks get the same numbers. AP is COCO's: mean over IoU 0.5:0.05:0.95 and classes, in 0..1, -1 where undefined.
@@ -190,3 +190,22 @@ def best_threshold(rows):
     should look like."""
     top = max((row["f1"] for row in rows), default=0)
     return max(row["threshold"] for row in rows if row["f1"] >= top - 1e-9) if top > 0 else None
+
+
+# ---- segmentation ------------------------------------------------------------------------------------------------
+
+def confusion_matrix(predicted, truth, classes):
+    """(K, K) int64 counts of pixels, row: truth, column: prediction; pixels of truth 255 are left out. Both (H, W) indices."""
+    known = truth != 255
+    pairs = truth[known].astype(np.int64) * classes + predicted[known]
+    return torch.from_numpy(np.bincount(pairs, minlength=classes ** 2).reshape(classes, classes))
+
+
+def mean_iou(confusion, class_names):
+    """{"mIoU", "accuracy", "IoU": {class: its own, None where it neither is nor was predicted}} of a confusion matrix. The mean
+    is over the classes that have an IoU, 0 if none has."""
+    hit, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    each = {name: float(h / u) if u else None for name, h, u in zip(class_names, hit, union)}
+    defined = [v for v in each.values() if v is not None]
+    return {"mIoU": float(np.mean(defined)) if defined else 0.0, "accuracy": float(hit.sum() / max(confusion.sum(), 1)),
+            "IoU": each}

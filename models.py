@@ -1,4 +1,5 @@
-"""RetinaNet (Lin et al. 2017) as Zoph et al. 2020 trained it: backbone -> FPN -> shared class and box towers.
+"""The networks of Zoph et al. 2020. RetinaNet (Lin et al. 2017): backbone -> FPN -> shared class and box towers. Segmenter:
+backbone -> NAS-FPN (Ghiasi et al. 2019) or FPN -> sum of the levels -> class per pixel.
 
 Facts from the TPU detection code (tensorflow/tpu, models/official/detection: heads.py, fpn.py): FPN with batch norm
 after P3-P7, towers whose convolutions are shared over levels while their batch norm is separate per level.
@@ -108,6 +109,86 @@ class RetinaNet(nn.Module):
         return self.classes(pyramid), self.boxes(pyramid)
 
 
+NASFPN_CELL = (  # nodes 0..4 are P3..P7; tensorflow/tpu modeling/architecture/nasfpn.py
+    # level, how, of nodes, a node added as it is (its level's, used by nobody)
+    (4, "attention", 1, 3, None),
+    (4, "sum",       1, 5, None),
+    (3, "sum",       0, 6, None),    # node 7 -> P3
+    (4, "sum",       6, 7, None),    # node 8 -> P4
+    (5, "attention", 7, 8, 2),       # node 9 -> P5
+    (7, "attention", 6, 9, 4),       # node 10 -> P7
+    (6, "attention", 9, 10, None),   # node 11 -> P6
+)
+NASFPN_OUTPUTS = (7, 8, 9, 11, 10)   # P3..P7
+
+
+class NASFPN(nn.Module):
+    """{3: C3, 4: C4, 5: C5} -> [P3, ..., P7], each (B, width, H/2^l, W/2^l): `repeats` cells of NASFPN_CELL, whose 3x3
+    convolutions are separable (depthwise, then 1x1) as in the segmentation configurations."""
+
+    def __init__(self, channels, width, norm, repeats=7):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(channels[l], width, 1, bias=False), make_norm(norm, width))
+                                     for l in (3, 4, 5))
+        self.cells = nn.ModuleList(nn.ModuleList(nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.Conv2d(width, width, 1, bias=False),
+            make_norm(norm, width)) for _ in NASFPN_CELL) for _ in range(repeats))
+        backbones.init_convs(self)
+
+    def forward(self, feats):
+        nodes = [lateral(feats[level]) for level, lateral in zip((3, 4, 5), self.lateral)]
+        for _ in (6, 7):
+            nodes.append(backbones.max_pool_same(nodes[-1], 2, 2))
+        sizes = dict(zip(range(3, 8), [n.shape[-2:] for n in nodes]))
+        for cell in self.cells:
+            levels = [3, 4, 5, 6, 7]
+            for (level, how, a, b, extra), block in zip(NASFPN_CELL, cell):
+                if how == "attention" and levels[a] < levels[b]:
+                    a, b = b, a  # a: the coarser
+                x, y = (self.resample(nodes[n], levels[n], level, sizes[level]) for n in (a, b))
+                x = x + y if how == "sum" else x + y * x.amax((2, 3), keepdim=True).sigmoid()
+                nodes.append(block(F.relu(x if extra is None else x + nodes[extra])))
+                levels.append(level)
+            nodes = [nodes[n] for n in NASFPN_OUTPUTS]
+        return nodes
+
+    @staticmethod
+    def resample(x, level, wanted, size):
+        if wanted > level:
+            return backbones.max_pool_same(x, 2 ** (wanted - level), 2 ** (wanted - level))
+        return F.interpolate(x, size, mode="nearest") if wanted < level else x
+
+
+class Segmenter(nn.Module):
+    """images (B, 3, H, W), normalised -> class logits (B, K, H/stride, W/stride).
+
+    Levels levels[0]..levels[1] of the pyramid are enlarged to stride 4 and summed, then `depth` 3x3 convolutions of `width`
+    channels and a 1x1 (TPU code: use_pyramid_fusion, heads.SegmentationHead). neck: nasfpn (levels 3..7) | fpn.
+    stride: 4 as in the paper's code; 1 (ours) has the 1x1 predict 4 x 4 pixels at each place, for what is only pixels wide.
+    """
+
+    def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=3, neck="nasfpn", stride=4, norm="bn",
+                 backbone_norm="bn"):
+        super().__init__()
+        self.backbone = backbones.build(backbone, backbone_norm)
+        channels = self.backbone.channels
+        self.fpn = NASFPN(channels, width, norm) if neck == "nasfpn" else FPN(channels, levels, width, norm)
+        self.head = nn.Sequential(*[layer for _ in range(depth) for layer in (
+            nn.Conv2d(width, width, 3, padding=1, bias=False), make_norm(norm, width), nn.ReLU(inplace=True))])
+        self.stride, per_place = stride, (4 // stride) ** 2
+        self.final = nn.Conv2d(width, classes * per_place, 1)
+        for conv in [m for m in [*self.head, self.final] if isinstance(m, nn.Conv2d)]:
+            nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(self.final.bias)
+
+    def forward(self, images):
+        size = [-(-n // 4) for n in images.shape[-2:]]
+        pyramid = self.fpn(self.backbone(images))
+        x = sum(F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pyramid)  # (B, width, H/4, W/4)
+        logits = F.pixel_shuffle(self.final(self.head(x)), 4 // self.stride)
+        return logits[..., :-(-images.shape[2] // self.stride), :-(-images.shape[3] // self.stride)]
+
+
 def weight_decay_groups(model, decay):
     """Decay on convolution and dense kernels only: neither norms nor biases (spec of the TPU code)."""
     kernels = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -168,7 +249,7 @@ def coco_teacher(state, path="state"):
         model = from_torchvision(state)
     except KeyError as key:
         raise ValueError(f"'{path}' has {key}, which retinanet_resnet50_fpn lacks; give torchvision's COCO weights of that")
-    config = dict(backbone="resnet50", levels=(3, 7), width=256, depth=4, act="relu", norm="torchvision", momentum=0.1,
+    config = dict(task="det", backbone="resnet50", levels=(3, 7), width=256, depth=4, act="relu", norm="torchvision", momentum=0.1,
                   image_size=None, seed=0, gradient_checkpointing=False)
     with torch.device("meta"):
         net = RetinaNet("resnet50", len(names), norm="none", backbone_norm="frozen")

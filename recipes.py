@@ -15,7 +15,7 @@ from util import UserError
 
 # What the COCO recipes share: size, batch, lr and its warm-up, weight decay and threshold are Zoph et al. 2020's for
 # EfficientNet-B7 [recalled]; optimiser, levels, heads, anchors and momentum (0.997 in TensorFlow's counting) are [code].
-COCO = dict(image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=1000, warmup_from=0.01, drops=(), weight_decay=1e-4,
+COCO = dict(task="det", image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=1000, warmup_from=0.01, drops=(), weight_decay=1e-4,
             clip=0.0, threshold="0.5", aug="s4", student_aug="s4", levels=(3, 7), width=256, depth=4, anchor_base=4.0, act="relu",
             momentum=0.003)
 # Released configurations of SpineNet: lr drops by 10 twice [code: configs/spinenet, projects/self_training/configs]. Conflicts:
@@ -26,10 +26,18 @@ COCO = dict(image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=10
 #  - drop-connect 0.16 for 143 is the self-training configuration's; configs/spinenet has 0.2. Soft-NMS (Table 5) is not here.
 SPINENET = dict(COCO, lr=0.28, steps=231_500, student_steps=231_500, warmup=2000, warmup_from=0.0067 / 0.28,
                 drops=(217_610 / 231_500, 226_870 / 231_500), weight_decay=4e-5, clip=10.0, act="swish")
+# PASCAL segmentation: size, lr, warm-up, weight decay, clipping, momentum, NAS-FPN with 7 separable cells and a head of 3 x 256 are
+# the released configurations' [code: projects/self_training/configs/pascal_seg_*]; the init is ImageNet++ (--init, Table 6). Conflicts:
+#  - steps of B7: these rows follow the paper's 40k [recalled]; the configuration has 20k, as for L2.
+#  - augmentation: S4 as in Table 8's best column; the configuration (used for evaluation) has flip + scale 0.2 .. 1.5 and no policy.
+#  - L2's student sees 128 + 128 images a step, B7's 256 + 256 [recalled].
+PASCAL = dict(task="seg", image_size=512, batch=256, ref_batch=256, student_batch=None, optimizer="sgd", warmup=500,
+              warmup_from=0.001 / 0.08, drops=(), weight_decay=1e-5, clip=10.0, threshold="0.5", aug="s4", student_aug="s4",
+              neck="nasfpn", levels=(3, 7), width=256, depth=3, stride=4, momentum=0.003)
 RECIPES = {
     # ours. Objects of 22-72 px on a 128 px canvas want small anchors; few steps want AdamW and quicker batch-norm averages;
     # and a teacher worth learning from wants most of them (with 1500 + 1500 steps it was too weak to help).
-    "tiny": dict(backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=2500, student_steps=800,
+    "tiny": dict(task="det", backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=2500, student_steps=800,
                  optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0,
                  threshold="auto", aug="s4", student_aug="s4", levels=(3, 6), width=64, depth=2, anchor_base=2.0, act="relu",
                  momentum=0.1),
@@ -45,12 +53,22 @@ RECIPES = {
     "coco-spinenet190": dict(SPINENET, backbone="spinenet190", aug="s1-wide", student_aug="s3", image_size=1280,
                              width=512, depth=7, lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
                              drops=(171_310 / 185_200, 180_570 / 185_200)),
+    # ours: a plain FPN down to stride 4, and a class for every single pixel, since objects are small.
+    "seg-tiny": dict(task="seg", backbone="resnet10", image_size=128, batch=16, ref_batch=16, student_batch=None, steps=800,
+                     student_steps=400, optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05,
+                     clip=10.0, threshold="0.5", aug="s4", student_aug="s4", neck="fpn", levels=(2, 5), width=64, depth=1,
+                     stride=1, momentum=0.1),
+    "pascal-b7": dict(PASCAL, backbone="tf_efficientnet_b7", lr=0.08, steps=40_000, student_steps=40_000),
+    "pascal-l2": dict(PASCAL, backbone="tf_efficientnet_l2", lr=0.2, steps=20_000, student_steps=20_000, student_batch=128,
+                      warmup_from=0.001 / 0.2),
 }
+TASKS = {"det": "tiny", "seg": "seg-tiny"}  # and the recipe of each when none is named
 
 
 @dataclass
 class Config:
     mode: str = "run"
+    task: str = "det"
     out: str = "runs/default"
     seed: int = 0
     data: str = "shapes"
@@ -58,13 +76,16 @@ class Config:
     labeled: float = 0.2
     split: str = ""
     unlabeled: str = ""
-    recipe: str = "tiny"
+    train_list: str = "train"
+    masks: str = "SegmentationClass"
+    recipe: str = None
     aug: str = None
     alpha: float = 1.0
     threshold: str = None
     student_init: str = "teacher"
     rounds: int = 1
     control: bool = False
+    flip: bool = False
     backbone: str = None
     init: str = "random"
     norm: str = "bn"
@@ -89,24 +110,30 @@ HELP = {
     "what to do": {
         "mode": "{run|train|pseudo|eval} run: the whole pipeline; train: the teacher only; pseudo: label --unlabeled "
                 "with --ckpt; eval: score --ckpt",
+        "task": "{det|seg} detection (boxes) or segmentation (a class per pixel)",
         "out": "run directory; the same command resumes it",
         "seed": "of initial weights, label split, image order and augmentation"},
     "data": {
-        "data": "{shapes|coco} shapes: the embedded world; coco: COCO json files",
-        "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/",
+        "data": "{shapes|coco|voc} shapes: the embedded world; coco: COCO json files (det); voc: PASCAL VOC folders (seg)",
+        "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/; voc: folder with "
+                "JPEGImages/, SegmentationClass/, ImageSets/Segmentation/{train,val}.txt and perhaps classes.txt",
         "labeled": "fraction of the training images whose labels are used",
         "split": "label split written by 'data.py split' instead of --labeled and --seed",
-        "unlabeled": "folder, glob, .txt list or COCO json of images; default: the training images not labelled"},
+        "unlabeled": "folder, glob, .txt list or COCO json of images, or (voc) the name of a list such as aug; default: the "
+                     "training images not labelled",
+        "train_list": "voc: the list of training images, e.g. trainaug for train and aug with their labels",
+        "masks": "voc: folder of the masks; SegmentationClassX goes with classesX.txt"},
     "method": {
-        "recipe": "row of recipes.py: tiny (minutes on a CPU), or for COCO on many GPUs " + ", ".join(
-            [*RECIPES][1:]) + "; flags override its fields",
+        "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny or seg-tiny, which "
+                  "take minutes on a CPU",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
         "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
         "rounds": "repetitions of teacher <- student",
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
-                   "steps and images per step"},
+                   "steps and images per step",
+        "flip": "seg: average pseudo-labels over the mirrored image as well"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),
         "init": "of the backbone: random, imagenet (torchvision's weights), or a file: our checkpoint, torchvision's or timm's "
@@ -134,19 +161,23 @@ HELP = {
 
 def settings(flags, ranks):
     """The recipe's row with the flags laid over it: every value that training uses."""
-    if flags.recipe not in RECIPES:
-        raise UserError(f"--recipe {flags.recipe} does not exist; there are {', '.join(RECIPES)}")
-    c = dict(RECIPES[flags.recipe])
+    recipe = flags.recipe or TASKS[flags.task]
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe} does not exist; there are {', '.join(RECIPES)}")
+    c = dict(RECIPES[recipe])
+    if c["task"] != flags.task:
+        raise UserError(f"--recipe {recipe} is for --task {c['task']}; add that")
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("alpha", "init", "norm", "seed", "accumulate", "gradient_checkpointing", "compile",
-                                             "workers", "save_every")})
+                                             "workers", "save_every", "flip")})
     c["student_aug"] = flags.aug or c["student_aug"]
     if flags.student_steps is None and flags.steps is not None:
         c["student_steps"] = flags.steps
     if c["backbone"] in backbones.SPINENETS:  # it is its own pyramid, and its head belongs to it
         *_, c["width"], c["depth"], c["anchor_base"] = backbones.SPINENETS[c["backbone"]]
         c.update(levels=(3, 7), act="swish")
-    row, pieces, size = RECIPES[flags.recipe], ranks * max(c["accumulate"], 1), c["image_size"]
+    c["student_batch"] = c.get("student_batch") or c["batch"]
+    row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
     coarsest = math.ceil(size / 2 ** c["levels"][1]) ** 2  # cells of the last level
     for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
         if not c[name] >= least:
@@ -156,11 +187,17 @@ def settings(flags, ranks):
             (c["backbone"] not in backbones.NAMES,
              f"--backbone {c['backbone']} does not exist; there are {', '.join(backbones.NAMES)}"),
             (size % 32 or size <= 0, f"--image-size {size} is not a multiple of 32; use {max(32, size // 32 * 32)}"),
-            (c["batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
+            (c["batch"] % pieces or c["student_batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
                                   f"{c['accumulate']}; use a multiple of {pieces}"),
             (c["norm"] != "gn" and c["batch"] // pieces * coarsest < 2,
              f"batch norm has a single value to average on the coarsest level at --batch {c['batch']}, --image-size {size}; "
              "raise either, or use --norm gn"),
+            (c["task"] == "seg" and c["backbone"] in backbones.SPINENETS,
+             f"--backbone {c['backbone']} is for detection; --task seg takes a ResNet or an EfficientNet"),
+            (flags.data not in ("shapes", {"det": "coco", "seg": "voc"}[c["task"]]),
+             f"--data {flags.data} is not for --task {c['task']}; use shapes or {'coco' if c['task'] == 'det' else 'voc'}"),
+            (c["task"] == "seg" and c["threshold"] == "auto",
+             "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel is labelled"),
             (c["norm"] == "frozen" and c["init"] == "random",
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
             (c["compile"] and c["gradient_checkpointing"],
@@ -169,7 +206,7 @@ def settings(flags, ranks):
             (c["threshold"] != "auto" and not is_score(c["threshold"]),
              f"--threshold {c['threshold']} is neither auto nor a number from 0 to below 1"),
             (c["optimizer"] != row["optimizer"] and flags.lr is None,
-             f"--optimizer {c['optimizer']} needs --lr: that of --recipe {flags.recipe} is for {row['optimizer']}")):
+             f"--optimizer {c['optimizer']} needs --lr: that of --recipe {recipe} is for {row['optimizer']}")):
         if wrong:
             raise UserError(line)
     return c
@@ -213,13 +250,14 @@ def memory(net, c, ranks, dtype):
             hook.remove()
         return outputs
     # A block holds its input, out of autograd's sight. In the backward pass one block at a time holds its inside as well.
-    logits, deltas = forward(lambda _, args: [keep(t) for t in (args[0] if isinstance(args[0], list) else args[:1])] and None)
+    outputs = forward(lambda _, args: [keep(t) for t in (args[0] if isinstance(args[0], list) else args[:1])] and None)
     activations = total()
     for block in blocks:
         del block.forward
     if blocks:
         forward(lambda *_: insides.append(-total()), lambda *_: insides.append(insides.pop() + total()))
-    losses = 4 * 4 * (logits.numel() + deltas.numel())  # in fp32: outputs, their gradients, and the loss's own copies
+    outputs = sum(x.numel() for x in (outputs if isinstance(outputs, tuple) else [outputs]))
+    losses = 4 * 4 * outputs  # in fp32: outputs, their gradients, and the loss's own copies
     return fixed, (activations + max(insides) + losses) / len(images)
 
 
@@ -233,7 +271,7 @@ def dry_run(net, c, classes, ranks, dtype):
         *lines, "",
         f"parameters              {parameters:.1f} M with {classes} classes ({c['backbone']})",
         f"steps                   teacher {c['steps']:,} of {c['batch']} images, student {c['student_steps']:,} of "
-        f"{c['batch']} + {c['batch']}",
+        f"{c['student_batch']} + {c['student_batch']}",
         f"in pieces of            {piece} images (student: {2 * piece}) on each of {ranks} processes, {str(dtype)[6:]}",
         f"memory, estimated       {fixed:.1f} GB + {each:.2f} GB an image: teacher {fixed + piece * each:.0f} GB, student "
         f"{fixed + 2 * piece * each:.0f} GB on each device; 80 GB fit about "

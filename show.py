@@ -1,10 +1,12 @@
-"""What the data and a run look like: pictures with boxes, and one self-contained report.html per run.
+"""What the data and a run look like: pictures with boxes or masks, and one self-contained report.html per run.
 
     python show.py augment [--image FILE --json train.json]     one image under Augment-S1..S4 -> augment.png
+    python show.py augment [--image FILE] --mask FILE.png       the same with its segmentation mask
     python show.py run runs/default                             builds report.html of a run again, finished or not
 
 The report holds its images and curves inside itself, has no scripts and fetches nothing: it can be mailed as one file.
-Its numbers were computed by st.py. What a run does not have (yet) is left out. Not here: segmentation masks.
+Its numbers were computed by st.py. What a run does not have (yet) is left out. In masks, class 0 shows the image as it is and 255
+(ignored) is white.
 """
 import argparse
 import base64
@@ -23,6 +25,7 @@ import augment
 import data
 import runs
 import util
+import voc
 import world
 
 HUMAN, PSEUDO, OTHER = "#1f6fb4", "#d9660d", "#5b6470"  # the same in sheets and curves
@@ -37,6 +40,8 @@ CURVES = [  # title, y label, [(name, colour, opacity, what of the log is added 
         ("cls pseudo", PSEUDO, 1, ["cls_pseudo"]), ("box pseudo", PSEUDO, .4, ["box_pseudo"])]),
     ("learning rate", "lr", [("", OTHER, 1, ["lr"])]),
 ]
+MASK_CURVES = [("loss: single steps (pale), running average", "cross-entropy", [
+    ("", HUMAN, .35, ["ce"]), ("", PSEUDO, .35, ["ce_pseudo"]), *CURVES[0][2][2:]]), CURVES[2]]
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1c2126;max-width:1180px;margin:2em auto;padding:0 1.2em}
 h2{font-size:1.25em;margin-top:2em;border-bottom:1px solid #dde1e5}.row{display:flex;flex-wrap:wrap;gap:14px}
 td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eceff1}tr.chosen{background:#fdeede;font-weight:600}
@@ -48,9 +53,18 @@ polyline{fill:none;stroke-width:1.7}text{font:11px sans-serif;fill:#3c444c}.t{fo
 
 # ---- pictures and curves -----------------------------------------------------------------------------------------
 
+def draw_mask(image, mask):
+    """The PIL image under its mask (h, w) uint8: class k > 0 in half of its colour, 255 in white."""
+    colours = np.array([(0, 0, 0)] + [ImageColor.getrgb(CLASS_COLOURS[(k - 1) % len(CLASS_COLOURS)]) for k in range(1, 255)]
+                       + [(255, 255, 255)])
+    share = np.where(mask == 0, 0, np.where(mask == 255, .7, .5))[..., None]
+    return Image.fromarray((np.asarray(image.convert("RGB")) * (1 - share) + colours[mask] * share).astype(np.uint8))
+
+
 def draw_boxes(image, target, class_names, scale=1, faint=()):
-    """A copy of the PIL image, enlarged by `scale`, with every box of target, its class and its score where below 1.
-    faint: boxes (M, 4) xyxy to be drawn in thin white and grey."""
+    """A copy of the PIL image, enlarged by `scale`, with every box of target, its class and its score where below 1, over
+    the mask of target if it has one. faint: boxes (M, 4) xyxy to be drawn in thin white and grey."""
+    image = draw_mask(image, target["mask"]) if "mask" in target else image
     image = image.convert("RGB").resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.LANCZOS)
     pen, font, tags = ImageDraw.Draw(image), ImageFont.load_default(12), []
     for x0, y0, x1, y1 in np.asarray(faint, float).reshape(-1, 4) * scale:  # two lines, to be seen on any ground
@@ -99,6 +113,8 @@ def batch_sheet(batch, class_names, path):
     for i in rows:
         real = batch["labels"][i] >= 0  # -1 is padding
         target = {"boxes": batch["boxes"][i][real].numpy(), "labels": batch["labels"][i][real].numpy()}
+        if "masks" in batch:
+            target["mask"] = batch["masks"][i].numpy()
         name, colour = [("human", HUMAN), ("pseudo", PSEUDO)][int(batch["part"][i])]
         tiles.append((Image.fromarray(batch["images"][i].permute(1, 2, 0).contiguous().numpy()), target,
                       f"{name}, image {int(batch['image_id'][i])}", colour))
@@ -215,19 +231,23 @@ def results_html(results):
     def cells(values, form):  # NaN: no object of that size in the data set
         return ["-" if math.isnan(v) else format(v, form) for v in values]
 
-    scores = {name: np.array([r[m] if r[m] >= 0 else math.nan for m in COLUMNS]) for name, r in results.items()}
+    masks = "mIoU" in next(iter(results.values()))
+    columns = ["mIoU", "accuracy", *next(iter(results.values()))["IoU"]] if masks else COLUMNS
+    values = {name: {**r, **{k: math.nan if v is None else v for k, v in r.get("IoU", {}).items()}} for name, r in results.items()}
+    scores = {name: np.array([math.nan if r[m] < 0 else r[m] for m in columns]) for name, r in values.items()}
     rows = [[name, *cells(scores[name], ".3f"), f"{r['seconds']:.0f}"] for name, r in results.items()]
     for name in [name for name in results if name.startswith("student")]:
         for other in [o for o in ("teacher", name.replace("student", "control")) if o in results]:
             rows.append([f"{name} − {other}", *cells(scores[name] - scores[other], "+.3f"), ""])
-    text = "COCO metrics on the validation set, 0 to 1, of one seed: how much they vary from seed to seed is unknown. "
+    text = ("IoU of pixels, its mean over classes, and the share of pixels that are right," if masks else "COCO metrics") + (
+        " on the validation set, 0 to 1, of one seed: how much they vary from seed to seed is unknown. ")
     if any(name.startswith("control") for name in results):
         text += ("The control trains on from the student's start for as many steps and images per step, on human labels"
                  " only: student − control, not student − teacher, speaks for or against the pseudo-labels.")
     elif len(results) > 1:
         text += ("The student has trained for longer than the teacher, so this difference alone does not show that "
                  "pseudo-labels helped; --control trains the comparison that does.")
-    return "<h2>Results</h2>" + table(["", *COLUMNS, "seconds"], rows) + note(text)
+    return "<h2>Results</h2>" + table(["", *columns, "seconds"], rows) + note(text)
 
 
 def training_html(stage, lines, first_batch):
@@ -235,7 +255,7 @@ def training_html(stage, lines, first_batch):
     text = f"step {last['step']} of {last['of']}, {last['images_s']:.1f} images/s"
     text += f", {last['waiting']:.0%} of the time waiting for data" if "waiting" in last else ""
     out = [f"<h3>{html.escape(stage)}</h3>", note(text), '<div class="row">']
-    for title, label, curves in CURVES if "cls" in last else ():  # labelling has a speed, but no loss
+    for title, label, curves in CURVES if "cls" in last else MASK_CURVES if "ce" in last else ():  # labelling has no loss
         out.append(chart(title, [(*look, [(row["step"], sum(row.get(k, math.nan) for k in keys)) for row in lines])
                                  for *look, keys in curves], "step", label))
     out += ["</div>", picture(first_batch, "first batch") if first_batch.exists() else ""]
@@ -246,6 +266,8 @@ def audit_html(folder, sheet_path, labelled):
     """What the teacher has labelled. labelled: {class: boxes} of the human labels, {} if unknown."""
     out = [f"<h2>Pseudo-labels: {html.escape(folder.name)}</h2>"]
     result = stored(folder / "stage.json").get("result")
+    if result and "kept" in result:
+        return out[0] + masks_html(folder, sheet_path, result)
     pseudo = data.load_coco(folder / "pseudo.json", result["root"]) if result else ()
     n, threshold = (max(result["images"], 1), result["threshold"]) if result else (1, 0)
     scores, kept, faint = np.zeros(20, dtype=np.int64), Counter(), {}
@@ -253,6 +275,9 @@ def audit_html(folder, sheet_path, labelled):
     shown = {int(pseudo.ids[k]) - 1: k for k in shown}  # the ids are positions in the list of images, plus 1
     try:
         for row in (row for row in data.read_parts(folder) if "bad" not in row):
+            if "pixels" in row:  # masks, of an unfinished stage
+                kept[0] += 1
+                continue
             scores += np.histogram(row["scores"], bins=20, range=(0, 1))[0]
             kept[min(sum(s >= threshold for s in row["scores"]), 20)] += 1
             if row["i"] in shown:
@@ -296,6 +321,29 @@ def audit_html(folder, sheet_path, labelled):
         "threshold, down to half of it.")
 
 
+def masks_html(folder, sheet_path, result):
+    """What the teacher has labelled, pixel by pixel."""
+    names = list(result["per_class"])
+    out = [f"<p>Threshold {result['threshold']:.2f} keeps {result['kept']:.1%} of the pixels; {result['with_pixels']} of "
+           f"{result['images']} images keep some and are trained on; {result['bad']} are unusable.</p>",
+           table(["class", "share of the kept pixels"], [[k, f"{v:.1%}"] for k, v in result["per_class"].items()]),
+           '<p class="note">' + " ".join(f'<span style="background:{CLASS_COLOURS[k % len(CLASS_COLOURS)]}">&emsp;</span> '
+                                         f"{html.escape(name)}" for k, name in enumerate(names[1:])) + "</p>"]
+    pseudo, tiles = voc.load_pseudo_masks(folder / "pseudo.json", names), []
+    for k in np.unique(np.linspace(0, len(pseudo) - 1, 20).astype(int)).tolist():
+        try:
+            image, target = pseudo.read(k)
+        except data.BadImage:  # moved or damaged since
+            continue
+        bare = {key: v for key, v in target.items() if key != "mask"}
+        tiles += [(image, bare, Path(pseudo.path(k)).name, OTHER), (image, target, "pseudo-label", PSEUDO)]
+    if not tiles:
+        return "".join(out) + note("No contact sheet: there is no image to show, or it is no longer where it was.")
+    save_sheet(sheet_path, tiles, names)
+    return "".join(out) + picture(sheet_path, "pseudo-labelled images") + note(
+        f"{len(tiles) // 2} of the {len(pseudo)} images that keep some pixels, evenly spread. White: under the threshold, ignored.")
+
+
 def report(run):
     """Writes run/report.html and, per pseudo-label stage, run/pseudo_sheet.png -> path of the report."""
     run = Path(run)
@@ -308,9 +356,9 @@ def report(run):
     results = {stage: stored(run / stage / "stage.json").get("result") for stage in log}
     body = [f"<h1>{name}</h1><pre>{html.escape(shlex.join(config.get('command', [])))}</pre>"
             f'<details><summary>Settings</summary><div class="columns">{settings}</div></details>',
-            results_html({stage: r for stage, r in results.items() if r and "AP" in r}), "<h2>Training</h2>"]
+            results_html({stage: r for stage, r in results.items() if r and "seconds" in r}), "<h2>Training</h2>"]
     body += [training_html(k, log[k], run / k / "first_batch.png") for k in log] or [note("Nothing was logged yet.")]
-    labelled = labelled_counts(run, config) if folders else {}
+    labelled = labelled_counts(run, config) if folders and config.get("task") != "seg" else {}
     for folder in folders:
         sheet = run / ("pseudo_sheet.png" if folder == run else f"{folder.name}_sheet.png")
         body.append(audit_html(folder, sheet, labelled))
@@ -347,6 +395,7 @@ def main(argv=None):
     p = sub.add_parser("augment", help="one image under S1..S4: a row per policy, a column per draw")
     p.add_argument("--image", help="default: an image of the embedded world")
     p.add_argument("--json", help="COCO annotation file with its boxes")
+    p.add_argument("--mask", nargs="?", const="", help="index mask of --image; without a file, of the embedded world's image")
     p.add_argument("--size", type=int, help="training canvas; default: the image's longer side, 384 at most")
     p.add_argument("--draws", type=int, default=6)
     p.add_argument("--seed", type=int, default=0)
@@ -355,15 +404,23 @@ def main(argv=None):
     if args.command == "run":
         path = report(args.run)
         return print(path, *sorted(path.parent.glob("pseudo*_sheet.png")), sep="\n")
+    if bool(args.mask) != bool(args.image) and args.mask is not None:
+        raise util.UserError("--mask FILE and --image belong together; --mask alone shows the embedded world's")
     if args.json and not args.image or args.draws < 1 or args.seed < 0 or (args.size or 1) < 1:
         raise util.UserError("--json needs --image; --draws and --size must be 1 or more, --seed not negative")
     if args.image:
         image, target, names = annotated(args.image, args.json)
     else:
-        image, boxes, labels, _ = world.draw(world.SEED, "train", args.seed)
+        image, boxes, labels, mask = world.draw(world.SEED, "train", args.seed)
         target, names = {"boxes": boxes, "labels": labels}, world.ALL_CLASSES
+    if args.mask is not None:
+        try:
+            mask = voc.read_mask(args.mask, 256, (image.height, image.width)) if args.mask else mask
+        except data.BadImage as error:
+            raise util.UserError(f"{error}; give a --mask that belongs to --image")
+        target = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64), "mask": mask}
     size, target, tiles = args.size or min(max(image.size), 384), {**target, "size": (image.height, image.width)}, []
-    for policy, (low, high) in augment.JITTER.items():
+    for policy, (low, high) in list(augment.JITTER.items())[:4]:
         tiles.append((*augment.fit(image, target, size)[:2], f"original | {policy}: scale {low} to {high}", OTHER))
         for k in range(args.draws):  # a column draws from the same seed in every row
             out = augment.augment(image, target, policy, size, np.random.default_rng((args.seed, k)))

@@ -3,7 +3,8 @@
     python world.py ROOT                 # draws all parts (about half a minute on one core) and prints what is there
 
 part         plays the role of                       what is in it
-`det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes (masks by `draw`)
+`det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes
+`seg`        PASCAL VOC: segmentation                the images of `det` with a mask each, in VOC's layout
 `single`     ImageNet: pre-training, joint training  96 px, one large object of 12 classes (4 are new), class folders
 `unlabeled`  Open Images: pool for pseudo-labels     128 px, those 4 classes mixed in, more empty images
 
@@ -89,7 +90,8 @@ PARTS = {
     "unlabeled": dict(px=128, splits=dict(train=(4, 4000)), classes=12, objects=(1, 5), side=(22, 72), empty=.10,
                       under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
 }
-FILES = {"det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
+PARTS["seg"] = PARTS["det"]
+FILES = {"seg": "JPEGImages/{split}_{i:05d}.jpg", "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
 THING_SIDE = (22, 60)   # px, things of no class
 SEEN = 0.4       # an object keeps at least this share of its pixels in view, else the newcomer is placed anew
 SMALLEST = 6     # and what is in view is at least this wide and high, in pixels
@@ -284,6 +286,9 @@ def write(folder, part, sizes, seed):
             image, boxes, labels, mask = draw(seed, split, index, part)
             path = folder / FILES[part].format(split=split, name=ALL_CLASSES[labels.max(initial=0)], i=index)
             image.save(path, quality=90)
+            if part == "seg":
+                (folder / "SegmentationClass").mkdir(exist_ok=True)
+                save_mask(mask, folder / "SegmentationClass" / f"{path.stem}.png")
             images.append(dict(id=first + index, file_name=path.name, width=image.width, height=image.height))
             for (x0, y0, x1, y1), k in zip(boxes.tolist(), labels.tolist()) if part == "det" else ():
                 # (pixels of an overlapping neighbour of the same class count too: `area` only sorts objects by size)
@@ -291,10 +296,24 @@ def write(folder, part, sizes, seed):
                 annotations.append(dict(
                     id=first + len(annotations), image_id=first + index, category_id=CATEGORY_IDS[k],
                     bbox=[x0, y0, x1 - x0, y1 - y0], area=area, iscrowd=0))
+        if part == "seg":
+            (folder / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+            names = [Path(im["file_name"]).stem for im in images]
+            (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+            (folder / "classes.txt").write_text("\n".join(["background", *CLASSES]) + "\n")
         if part == "det":
             (folder / f"{split}.json").write_text(json.dumps(dict(
                 info=dict(description="embedded world", version=VERSION), images=images, annotations=annotations,
                 categories=[dict(id=i, name=name, supercategory="shape") for i, name in zip(CATEGORY_IDS, CLASSES)])))
+
+
+def save_mask(mask, path):
+    """(H, W) uint8 class indices as a PNG with PASCAL VOC's palette: the bits of an index, three at a time, are the highest bits
+    of red, green and blue."""
+    palette = [sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for k in range(256) for channel in range(3)]
+    image = Image.fromarray(mask)
+    image.putpalette(palette)  # makes it a palette image of the same indices
+    image.save(path, "PNG")
 
 
 def build(root, part="det", sizes=None, seed=SEED):

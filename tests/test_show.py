@@ -13,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import detect
 import runs
 import show
 import util
@@ -57,7 +58,7 @@ def complete_run(run, control=False):
     lines += [log_line("student", s, pseudo=True) for s in (20, 40, 60)] + [log_line("control", 60)] * control
     (run / "log.jsonl").write_text("\n".join(lines) + "\n")
     folder = write_parts(run)
-    result = data.merge_pseudo(folder, folder / "pseudo.json", .3, [1, 7], NAMES, {})
+    result = detect.merge(folder, folder / "pseudo.json", .3, [1, 7], NAMES, {})
     held = [{"threshold": t, "precision": .8125, "recall": .4375, "f1": .5625, "kept": 13} for t in (.25, .3, .35)]
     runs.write_json(folder / "stage.json", {"deps": {}, "result": {"threshold": .3, **result, "held_out": held}})
     for stage in ("teacher", "student"):
