@@ -13,9 +13,10 @@ Backbones: image -> feature maps. One file, no local imports: copy it into any p
 Names       modules of ResNet and EfficientNet are called what torchvision calls them, so its state dicts load key by key.
 Source      EfficientNet and SpineNet follow tensorflow/tpu (models/official: efficientnet/efficientnet_builder.py,
             detection/modeling/architecture/{spinenet,nn_blocks,nn_ops}.py).
-Differs     BN of ResNet keeps torchvision's eps 1e-5. The last BN of a residual branch starts at 1, not at 0.
+Differs     BN of ResNet keeps torchvision's eps 1e-5; SpineNet has 1e-3, the self-training configurations' (SpineNet's own
+            leave the code's 1e-4). The last BN of a residual branch starts at 1, not at 0.
 Input       normalised images; H and W divisible by 2^level for exact strides, otherwise each level is ceil(half of the one
-            above) .
+            above).
 Left out    classifier heads; SpineNet's published weights (TensorFlow checkpoints only); weight EMA (the caller's).
 """
 import contextlib
@@ -390,14 +391,16 @@ def _recomputed(block, forward, *args):
 @contextlib.contextmanager
 def _statistics_at_rest(block):
     """The second time a batch norm sees a batch, its running averages must not move again."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.track_running_stats = False
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, *_ in norms:
+        m.momentum = 0.0
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, momentum, batches in norms:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
 
 
 # ---- weights from elsewhere ----------------------------------------------------------------------------------------
@@ -411,15 +414,15 @@ TIMM_KEYS = [  # timm's (tf_)efficientnet_* -> ours; its first stage has no expa
         ("conv_pw", "0.0"), ("bn1", "0.1"), ("conv_dw", "1.0"), ("bn2", "1.1"),
         (r"se\.conv_reduce", "2.fc1"), (r"se\.conv_expand", "2.fc2"), ("conv_pwl", "3.0"), ("bn3", "3.1"))],
 ]
-SOURCES = {
-    # what it is     a key that tells         (pattern, our name), first that fits  left out on purpose
-    "ours":         (r"backbone\.",           [(r"backbone\.", "")],                r"(?!backbone\.)"),
-    "MoCo":         (r"module\.encoder_q\.",  [(r"module\.encoder_q\.", "")],       r"module\.(encoder_(q\.fc|k)\.|queue)"),
-    "DataParallel": (r"module\.(fc|classif)", [(r"module\.", "")],                  r"module\.(fc|classifier|features\.8)\."),
-    "timm":         (r"conv_stem\.",          TIMM_KEYS,                            r"(conv_head|bn2|classifier)\."),
-    "torchvision":  (r"(fc|classifier)\.",    [("", "")],                           r"(fc|classifier|features\.8)\."),
-    "bare":         ("",                      [("", "")],                           r"$."),  # nothing is
+SOURCES = {  # of the keys without a 'module.' that all of them may begin with (DataParallel, DDP)
+    # what it is    a key that tells      (pattern, our name), first that fits  left out on purpose
+    "ours":        (r"backbone\.",        [(r"backbone\.", "")],                r"(?!backbone\.)"),
+    "MoCo":        (r"encoder_q\.",       [(r"encoder_q\.", "")],               r"encoder_(q\.fc|k)\.|queue"),
+    "timm":        (r"conv_stem\.",       TIMM_KEYS,                            r"(conv_head|bn2|classifier)\."),
+    "torchvision": (r"(fc|classifier)\.", [("", "")],                           r"(fc|classifier|features\.8)\."),
+    "bare":        ("",                   [("", "")],                           r"$."),  # nothing is
 }
+TIMM_EPS = 1e-5  # of its efficientnet_* weights; its tf_ ones have TensorFlow's 1e-3
 
 
 def load_backbone(model, source):
@@ -427,16 +430,14 @@ def load_backbone(model, source):
     Fill `model` (from build) from `source` and return one line saying what was loaded and what was not.
     source: 'random' (leave it) | 'imagenet' (torchvision's published weights, in torch.hub's cache or fetched) | path of a
     .pth (or .safetensors, if that package is installed) in one of the namings of SOURCES: our checkpoints, bare backbones,
-    torchvision's and timm's classifiers, MoCo's and DataParallel's training checkpoints | 'simclr:' + path of a ResNet
-    converted from SimCLR (torchvision's names, but trained on pixels in 0..1: that is folded into the first layer).
-    Not for timm's AdvProp weights (_ap), whose images are normalised differently; the file cannot tell.
+    torchvision's and timm's classifiers, MoCo's training checkpoints | 'simclr:' + path of a ResNet converted from SimCLR
+    (torchvision's names, but trained on pixels in 0..1: that is folded into the first layer).
     Anything but a complete, exact fit is a one-line ValueError and leaves the model as it was.
     """
     if source == "random":
         return f"{model.name}: random initialisation, nothing loaded"
-    source = os.fspath(source)
-    simclr = source.startswith("simclr:") and not os.path.exists(source)
-    path = imagenet_file(model.name) if source == "imagenet" else source.removeprefix("simclr:") if simclr else source
+    simclr, path = split_source(source)
+    path = imagenet_file(model.name) if source == "imagenet" else path
     found, config = read_file(path), {}
     if isinstance(found, dict):
         config = found.get("config")
@@ -444,9 +445,11 @@ def load_backbone(model, source):
     if not (isinstance(found, dict) and found and
             all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())):
         raise ValueError(f"'{path}' is not a checkpoint: give a dict of name -> tensor, bare or as its 'model' or 'state_dict'")
+    if all(k.startswith("module.") for k in found):
+        found = {k.removeprefix("module."): v for k, v in found.items()}
     kind, (_, table, left_out) = next(row for row in SOURCES.items() if any(re.match(row[1][0], k) for k in found))
     saved_from = config.get("backbone", model.name) if isinstance(config, dict) and kind == "ours" else model.name
-    check_padding(model.name, saved_from, kind, path)
+    check_origin(model.name, saved_from, kind, simclr, path)
     state = {}
     for key, value in found.items():
         if not re.match(left_out, key):
@@ -458,9 +461,13 @@ def load_backbone(model, source):
     if model.norm == "gn" and any(k.endswith("running_mean") for k in state):
         raise ValueError(f"'{path}' holds BatchNorm weights, which do not fit norm 'gn': build with norm 'bn' or 'frozen'")
     check_fit(model, state, path)
-    note = kind
-    if kind in ("torchvision", "DataParallel") and "efficientnet" in model.name:
-        eps = EFFICIENTNETS[model.name.rpartition("_")[2]][2]
+    note, eps = kind, EFFICIENTNET_EPS
+    if "efficientnet" in model.name and kind == "bare":
+        note = "bare; its padding and BN eps are taken to be this network's"
+    elif "efficientnet" in model.name and kind in ("torchvision", "timm"):
+        timm_eps = EFFICIENTNET_EPS if model.name.startswith("tf_") else TIMM_EPS
+        eps = timm_eps if kind == "timm" else EFFICIENTNETS[model.name.rpartition("_")[2]][2]
+    if eps != EFFICIENTNET_EPS:
         refold_eps(state, eps, EFFICIENTNET_EPS)
         note += f"; BN eps {eps:g} -> {EFFICIENTNET_EPS:g} folded into the BN weights"
     if simclr:
@@ -471,14 +478,27 @@ def load_backbone(model, source):
             f"{ignored} others in it ignored")
 
 
-def check_padding(name, saved_from, kind, path):
-    """The two paddings of EfficientNet have the same tensors: nothing but the file's origin tells them apart."""
+def split_source(source):
+    """An --init that is a file -> (does it say simclr:, path)."""
+    source = os.fspath(source)
+    simclr = source.startswith("simclr:") and not os.path.exists(source)
+    return simclr, source.removeprefix("simclr:") if simclr else source
+
+
+def check_origin(name, saved_from, kind, simclr, path):
+    """What the tensors do not tell. The two paddings of EfficientNet have the same ones: only the file's origin speaks, for
+    timm's two kinds no more than its name."""
+    file, efficientnet = os.path.basename(path), "efficientnet" in name
     if saved_from != name:
         raise ValueError(f"'{path}' was saved from {saved_from}, this is {name}: build {saved_from}")
-    if "efficientnet" in name and kind == "timm" and not name.startswith("tf_"):
-        raise ValueError(f"'{path}' has timm's names, whose tf_ weights want TensorFlow's padding: build tf_{name}")
-    if name.startswith("tf_") and kind in ("torchvision", "DataParallel"):
-        raise ValueError(f"'{path}' has torchvision's names, whose weights want symmetric padding: build {name[3:]}")
+    if simclr and (name not in RESNETS or kind not in ("torchvision", "bare")):
+        raise ValueError(f"'{path}' is no ResNet converted from SimCLR ({kind} names, for {name}): give it without 'simclr:'")
+    if efficientnet and kind == "timm" and not name.startswith("tf_") and "tf_" in file:
+        raise ValueError(f"'{path}' is one of timm's tf_ weights, which want TensorFlow's padding: build tf_{name}")
+    if name.startswith("tf_") and (kind == "torchvision" or kind == "timm" and re.search(r"(?<!tf_)efficientnet_", file)):
+        raise ValueError(f"'{path}' has {kind}'s weights for symmetric padding: build {name[3:]}")
+    if efficientnet and kind == "timm" and re.search(r"[_.]ap[-_.]", file):
+        raise ValueError(f"'{path}' has AdvProp weights, made for images normalised by mean and deviation 0.5: not supported")
 
 
 def check_fit(model, state, path):
@@ -546,8 +566,11 @@ def read_file(path):
         raise ValueError(f"'{path}' needs the package safetensors: pip install safetensors, or torch.save the state dict "
                          "as a .pth where it is installed") from None
     except Exception as e:  # UnpicklingError, RuntimeError, EOFError, KeyError...: it depends on how the file is broken
-        if isinstance(e, pickle.UnpicklingError) or "TorchScript" in str(e):
-            name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        with open(path, "rb") as f:  # a pickle or a zip archive of one; a web page saved as .pth is neither
+            pickled = f.read(1) == b"\x80" or name
+        if isinstance(e, pickle.UnpicklingError) and pickled or "TorchScript" in str(e):
             raise ValueError(f"'{path}' holds more than plain tensors{f' ({name[1]})' if name else ''}; unsafe unpickling is "
                              "refused: load it where you trust it, torch.save its state_dict(), and give that file") from None
-        raise ValueError(f"'{path}' is not a checkpoint, or a damaged one ({type(e).__name__}): fetch or save it again") from None
+        reason = type(e).__name__
+        raise ValueError(f"'{path}' is not a checkpoint, or a damaged one ({reason}): fetch or save it again") from None

@@ -160,6 +160,8 @@ def main():
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for 'recipe', as in st.py")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        raise UserError("--rounds must be 1 or more")
     if args.what == "recipe":
         return recipe(args.recipe, args.size, args.batch, args.rounds, args.compile, args.gradient_checkpointing)
     args.size = args.size or 320

@@ -65,6 +65,7 @@ def detections(model, anchors, source, index, size, device, dtype, workers=0, mi
 def torchvision_detections(model, source, index, device, dtype, workers, min_score):
     """detections() for torchvision's COCO weights (models.coco_teacher): each image by itself, at the resolution, with the
     anchors and the 300 boxes that torchvision gives it."""
+    torch.backends.cudnn.benchmark = False  # every image has a shape of its own
     prepare = GeneralizedRCNNTransform(*TORCHVISION_SIDES, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval()
     for i, rows in zip(index, data.eval_loader(source, index, None, 1, workers)):
         if rows["bad"]:

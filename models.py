@@ -215,11 +215,11 @@ TORCHVISION_KEYS = [
 ]
 
 
-def from_torchvision(state, eps=0.0):
-    """torchvision's retinanet_resnet50_fpn state dict with our key names. KeyError on a key the table does not know.
+def from_torchvision(state):
+    """torchvision's retinanet_resnet50_fpn COCO state dict with our key names. KeyError on a key the table does not know.
 
-    eps: of the batch norms the weights belong to. torchvision runs its COCO weights with 0 (overwrite_eps), everything
-    else with 1e-5 as we do; the norms' weights are rescaled so that the network stays the same.
+    torchvision runs these weights with a batch-norm eps of 0 (overwrite_eps), we with 1e-5: the norms' weights are rescaled so
+    that the network stays the same.
     """
     out = {}
     for key, value in state.items():
@@ -229,13 +229,13 @@ def from_torchvision(state, eps=0.0):
         out[new + key[len(old):]] = value
     for key in [k for k in out if k.endswith("running_var")]:
         weight, var = key.replace("running_var", "weight"), out[key].double()  # dead channels have variances near 1e-45
-        out[weight] = (out[weight] * ((var + 1e-5) / (var + eps)).sqrt()).to(out[key].dtype)
+        out[weight] = (out[weight] * ((var + 1e-5) / var).sqrt()).to(out[key].dtype)
     return out
 
 
 def coco_teacher(state, path="state"):
     """A ready teacher in the form of our checkpoints from torchvision's retinanet_resnet50_fpn trained on COCO: the same
-    network, its 91 outputs cut down to the 80 that are classes (output = COCO's category id; 0 and eleven more have no
+    network, its 91 outputs cut down to the 80 that are classes (output = COCO's category id; 0 and ten more have no
     class). Detecting as torchvision does is what "image_size": None asks for. ValueError if state is anything else.
     """
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

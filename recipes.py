@@ -6,6 +6,7 @@ memory, not checked against a copy. lr is for ref_batch human-labelled images a 
     python st.py --recipe coco-b7 --dry-run        prints the effective settings, parameters, steps and memory, and exits
 """
 import math
+import os
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,11 +22,14 @@ COCO = dict(task="det", image_size=640, batch=256, ref_batch=256, optimizer="sgd
 # Released configurations of SpineNet: lr drops by 10 twice [code: configs/spinenet, projects/self_training/configs]. Conflicts:
 #  - batch and lr: these rows follow the released 256 and 0.28 (190: 0.30). The paper halves both for want of memory [recalled],
 #    which is --batch 128 here: lr follows. Its number of steps is unknown.
-#  - augmentation: 143 and 190 follow the paper's Table 5, S3 for the student and not for the baseline (with it training did not
-#    finish), whose flip + scale 0.1 .. 1.9 is the released configuration's. 49 and 96 are not in the paper: released 0.5 .. 2.0.
-#  - drop-connect 0.16 for 143 is the self-training configuration's; configs/spinenet has 0.2. Soft-NMS (Table 5) is not here.
+#  - augmentation: 143 and 190 follow the paper's Table 5, S3 for the student and not for the baseline, which did not train with
+#    it. The teacher's flip + scale 0.1 .. 1.9 is that of the self-training configuration (given for evaluation); in the versions
+#    seen, configs/spinenet has 0.5 .. 2.0 for all sizes, and so have 49 and 96 here, which the paper does not use.
+#  - drop-connect 0.16 for 143, and lr and length of 190, are the self-training configuration's; configs/spinenet has 0.2, 0.28
+#    and 231,500 steps. Soft-NMS (Table 5) is not here.
+# Head width and depth, anchors and swish belong to the backbone: backbones.SPINENETS.
 SPINENET = dict(COCO, lr=0.28, steps=231_500, student_steps=231_500, warmup=2000, warmup_from=0.0067 / 0.28,
-                drops=(217_610 / 231_500, 226_870 / 231_500), weight_decay=4e-5, clip=10.0, act="swish")
+                drops=(217_610 / 231_500, 226_870 / 231_500), weight_decay=4e-5, clip=10.0)
 # PASCAL segmentation: size, lr, warm-up, weight decay, clipping, momentum, NAS-FPN with 7 separable cells and a head of 3 x 256 are
 # the released configurations' [code: projects/self_training/configs/pascal_seg_*]; the init is ImageNet++ (--init, Table 6). Conflicts:
 #  - steps of B7: these rows follow the paper's 40k [recalled]; the configuration has 20k, as for L2.
@@ -46,12 +50,11 @@ RECIPES = {
     # 120k steps are for random init with S4; S1 took 45k [recalled]. Every other cell's length, the student's too, is unknown.
     # The weights of its ImageNet and ImageNet++ inits are what timm calls tf_efficientnet_b7.aa_in1k and .ns_jft_in1k.
     "coco-b7": dict(COCO, backbone="tf_efficientnet_b7", lr=0.32, steps=120_000, student_steps=120_000),
-    "coco-spinenet49": dict(SPINENET, backbone="spinenet49", aug="s1-large", student_aug="s1-large", anchor_base=3.0),
-    "coco-spinenet96": dict(SPINENET, backbone="spinenet96", aug="s1-large", student_aug="s1-large", anchor_base=3.0,
-                            image_size=1024),
+    "coco-spinenet49": dict(SPINENET, backbone="spinenet49", aug="s1-large", student_aug="s1-large"),
+    "coco-spinenet96": dict(SPINENET, backbone="spinenet96", aug="s1-large", student_aug="s1-large", image_size=1024),
     "coco-spinenet143": dict(SPINENET, backbone="spinenet143", aug="s1-wide", student_aug="s3", image_size=1280),
     "coco-spinenet190": dict(SPINENET, backbone="spinenet190", aug="s1-wide", student_aug="s3", image_size=1280,
-                             width=512, depth=7, lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
+                             lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
                              drops=(171_310 / 185_200, 180_570 / 185_200)),
     # ours: a plain FPN down to stride 4, and a class for every single pixel, since objects are small.
     "seg-tiny": dict(task="seg", backbone="resnet10", image_size=128, batch=16, ref_batch=16, student_batch=None, steps=800,
@@ -148,7 +151,7 @@ HELP = {
         "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
         "optimizer": "{sgd|adamw} sgd: momentum 0.9",
         "accumulate": "cut each step's batch into this many pieces: less memory, same loss (batch norm sees one piece; "
-                      "with --norm gn the same result)",
+                      "with --norm gn the same result, but for the draws of stochastic depth)",
         "gradient_checkpointing": "keep less for the backward pass and compute it again: less memory, same result, slower",
         "compile": "torch.compile the network for training (needs a C++ compiler on a CPU)",
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware has it; losses are always fp32",
@@ -202,6 +205,9 @@ def settings(flags, ranks):
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
             (c["compile"] and c["gradient_checkpointing"],
              "--compile decides by itself what to recompute; leave out --gradient-checkpointing, or --compile"),
+            (flags.ckpt, "--ckpt is for --mode pseudo and eval; to start a backbone from weights use --init"),
+            (c["init"] not in ("random", "imagenet") and not os.path.isfile(backbones.split_source(c["init"])[1]),
+             f"--init {c['init']} is not a file; give random, imagenet or a file of weights"),
             (not 0 < flags.labeled <= 1, f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1"),
             (c["threshold"] != "auto" and not is_score(c["threshold"]),
              f"--threshold {c['threshold']} is neither auto nor a number from 0 to below 1"),
@@ -261,19 +267,19 @@ def memory(net, c, ranks, dtype):
     return fixed, (activations + max(insides) + losses) / len(images)
 
 
-def dry_run(net, c, classes, ranks, dtype):
-    """What --dry-run prints. net: as for memory()."""
+def dry_run(net, flags, c, classes, ranks, dtype, lr):
+    """What --dry-run prints. net: as for memory(); lr: the scaled one."""
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     fixed, each = (x / 1e9 for x in memory(net, c, ranks, dtype))
     piece = c["batch"] // ranks // c["accumulate"]
-    lines = [f"{k:24s}{v}" for k, v in c.items()]
+    effective = {**asdict(flags), **c, "precision": str(dtype)[6:], "lr": f"{lr:.4g} ({c['lr']:g} at batch {c['ref_batch']})",
+                 "warmup": min(c["warmup"], c["steps"] // 10)}
     return "\n".join([
-        *lines, "",
+        *(f"{k:24s}{v}" for k, v in effective.items()), "",
         f"parameters              {parameters:.1f} M with {classes} classes ({c['backbone']})",
         f"steps                   teacher {c['steps']:,} of {c['batch']} images, student {c['student_steps']:,} of "
         f"{c['student_batch']} + {c['student_batch']}",
         f"in pieces of            {piece} images (student: {2 * piece}) on each of {ranks} processes, {str(dtype)[6:]}",
         f"memory, estimated       {fixed:.1f} GB + {each:.2f} GB an image: teacher {fixed + piece * each:.0f} GB, student "
-        f"{fixed + 2 * piece * each:.0f} GB on each device; 80 GB fit about "
-        f"{max(0, int((72 - fixed) / each))} images",
+        f"{fixed + 2 * piece * each:.0f} GB on each device; 80 GB fit about {max(0, int((72 - fixed) / each))} images",
         "                        more processes, --accumulate or --gradient-checkpointing make it less"])

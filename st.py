@@ -157,6 +157,8 @@ def build(c, classes):
 
 def initialise(backbone, source):
     try:
+        if source == "imagenet":
+            util.rank0_first(lambda: backbones.imagenet_file(backbone.name) and None)  # fetched once, not by every process
         return backbones.load_backbone(backbone, source)
     except ValueError as error:
         raise UserError(f"--init {source}: {error}")
@@ -180,14 +182,26 @@ def read_checkpoint(path):
         return runs.load_checkpoint(path)
     try:
         state = backbones.read_file(os.fspath(path))
-        if isinstance(state, dict) and "class_ids" not in state and any(str(k).startswith("head.") for k in state):
-            return models.coco_teacher(state, path)
+        theirs = state.get("model", state) if isinstance(state, dict) and "class_ids" not in state else {}
+        if any(str(k).startswith("head.") for k in theirs):  # bare, or as torchvision's training script saves it
+            return models.coco_teacher(theirs, path)
     except ValueError as error:
         raise UserError(f"--ckpt: {error}")
-    if not isinstance(state, dict) or "class_ids" not in state:
+    if not isinstance(state, dict) or not {"class_ids", "class_names", "model", "config", "step"} <= state.keys():
         raise UserError(f"--ckpt {path} is neither a checkpoint of st.py nor torchvision's retinanet_resnet50_fpn weights; give "
                         "a step_*.pt file, the folder that holds it, or those weights")
     return state
+
+
+def restored(state, c, path):
+    """The network of a checkpoint."""
+    try:
+        net = build(c, len(state["class_ids"]))
+        net.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the network its settings describe ({str(error).splitlines()[0][:80]}); it is "
+                        "damaged, or was written by another version")
+    return net
 
 
 def scaled_lr(c):
@@ -293,8 +307,7 @@ def labelled_by(folder, teacher, c, paths, held, labelled, deps, run, log):
     if result and result["asked"] == c["threshold"]:
         return result
     state, task = read_checkpoint(teacher), TASKS[c["task"]]
-    net = build(c, len(state["class_ids"]))
-    net.load_state_dict(state["model"])
+    net = restored(state, c, teacher)
     util.rank0_first(lambda: runs.write_json(Path(folder) / "stage.json", {"deps": deps}))  # no longer what it was
     result = task.label(folder, net.to(run[2]), state, paths, held, labelled, c, run, log)
     return util.rank0_first(lambda: runs.finish(folder, deps, {"asked": c["threshold"], **result}))
@@ -313,7 +326,7 @@ def main(argv=None):
         with torch.device("meta"):
             net = build(c, 80)
         if rank == 0:
-            print(recipes.dry_run(net, c, 80, ranks, run[3]))
+            print(recipes.dry_run(net, flags, c, 80, ranks, run[3], scaled_lr(c)))
         return
     util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", rank)
@@ -345,12 +358,13 @@ def main(argv=None):
 def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
-    # matter, unless a batch norm sees the pieces.
+    # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
     free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold", "student_aug",
-            "gradient_checkpointing"] + ["accumulate"] * (c["norm"] == "gn")
+            "gradient_checkpointing"] + ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
-    if Path(c["init"]).is_file():
-        same["init"] = data.file_digest(c["init"])
+    if c["init"] not in ("random", "imagenet"):
+        simclr, path = backbones.split_source(c["init"])
+        same["init"] = "simclr:" * simclr + data.file_digest(path)
     results = {"teacher": trained(out / "teacher", [human], "", c, {
         **same, "steps": c["steps"], "images_per_step": [c["batch"]]}, val, run, log)}
     teacher, control, task = "teacher", "teacher", TASKS[c["task"]]
@@ -411,16 +425,21 @@ def unlabelled_paths(flags, human, held, rest, val, log):
 
 def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
+    ignored = [f for f in ("backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
+               if getattr(flags, f) is not None] + ["dry_run"] * flags.dry_run
+    if ignored:
+        raise UserError(f"--mode {flags.mode} takes the network and its settings from --ckpt; leave out "
+                        + ", ".join("--" + f.replace("_", "-") for f in ignored))
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
     c = {**state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
     if flags.mode == "eval":
-        net, log, task = build(c, len(state["class_ids"])), util.Log(None, run[0]), TASKS[c["task"]]
-        net.load_state_dict(state["model"])
+        net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]
         val = task.load_val(flags, state["class_ids"], state["class_names"])
         metrics = task.evaluate(net.to(run[2]), c, val, run, log)
-        log.say(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val.annotation_file}\n{json.dumps(metrics, indent=1)}")
+        log.say(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val.annotation_file}\n"
+                + json.dumps(metrics, indent=1))
         return
     out, threshold = Path(flags.out), flags.threshold or "0.5"  # the paper's (recalled)
     if not flags.unlabeled:

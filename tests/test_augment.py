@@ -13,7 +13,9 @@ from torchvision.transforms import functional as F
 
 import augment as A
 
-POLICIES = ('s1', 's2', 's3', 's4')
+JITTER = {'s1': (0.8, 1.2), 's2': (0.8, 1.2), 's3': (0.5, 2.0), 's4': (0.5, 2.0), 's1-large': (0.5, 2.0),
+          's1-wide': (0.1, 1.9)}
+POLICIES = tuple(JITTER)
 GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 PHOTOMETRIC = tuple(A.OPS)
 ONLY = tuple(f'{op}_Only_BBoxes' for op in GEOMETRIC + ('Equalize', 'Cutout'))
@@ -284,8 +286,20 @@ def test_autoaugment_draws_whole_rows_of_v0(monkeypatch, policy):
     assert all(pixels is A.AUTOAUGMENT_PIXELS for row in rows for *_, pixels in row)
 
 
-def test_s1_is_flip_and_crop_only(monkeypatch):
-    assert all(row == [] for row in recorded_ops(monkeypatch, 's1', 20))
+@pytest.mark.parametrize('policy', ('s1', 's1-large', 's1-wide'))
+def test_s1_is_flip_and_crop_only(monkeypatch, policy):
+    assert all(row == [] for row in recorded_ops(monkeypatch, policy, 20))
+
+
+@pytest.mark.parametrize('policy', ('s1-large', 's1-wide'))
+def test_the_wider_s1_are_s1_but_for_their_jitter(monkeypatch, policy):
+    image, target = Image.fromarray(noise(80, 60)), painted(80, 60, (10, 10, 50, 40))[1]
+    rngs = lambda: map(np.random.default_rng, range(8))
+    wide, s1 = ([A.augment(image, target, name, 64, rng) for rng in rngs()] for name in (policy, 's1'))
+    monkeypatch.setitem(A.JITTER, 's1', A.JITTER[policy])
+    for (a, a_target), (b, b_target) in zip(wide, [A.augment(image, target, 's1', 64, rng) for rng in rngs()]):
+        assert a.tobytes() == b.tobytes() and same(a_target, b_target)
+    assert sum(a.tobytes() != c.tobytes() for (a, _), (c, _) in zip(wide, s1)) >= 6  # the same scale now and then
 
 
 def test_an_op_is_applied_with_its_probability():
@@ -325,7 +339,7 @@ def test_policies_return_the_promised_shapes_for_any_input(policy, w, h):
             assert n <= len(boxes) and (out['boxes'] >= 0).all() and (out['boxes'] <= 48).all()
             assert (out['boxes'][:, 2:] > out['boxes'][:, :2]).all()
             assert out['note'] == 'kept' and out['image_id'] == 17
-            if policy == 's1':
+            if policy.startswith('s1'):
                 assert not {2, 3, 4} & set(out['labels'].tolist())             # the degenerate ones never survive
 
 
@@ -430,7 +444,7 @@ def test_scale_jitter_and_offsets_cover_their_published_range(monkeypatch, polic
     rng, image = np.random.default_rng(0), Image.new('RGB', (40, 20))
     for _ in range(800):
         A.augment(image, make_target([]), policy, 400, rng)
-    low, high = (0.8, 1.2) if policy in ('s1', 's2') else (0.5, 2.0)
+    low, high = JITTER[policy]
     ratio = np.array([w / 400 for (w, h), _ in calls])
     span = high - low
     assert low <= ratio.min() < low + 0.05 * span and high - 0.05 * span < ratio.max() <= high

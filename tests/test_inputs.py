@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+import backbones
 import ops
-import st
+import recipes
 import runs
-import util
+import st
 from util import UserError
 
 ROOT = Path(st.__file__).parent
 FLAGS = ("--data coco --recipe tiny --image-size 64 --batch 2 --steps 2 --student-steps 2 --threshold 0.0 --workers 0 "
          "--precision fp32 --labeled 0.5").split()
+SCORING = "--data coco --workers 0 --precision fp32".split()  # all that --mode eval and pseudo want of them
 COLOURS = [(220, 30, 30), (30, 30, 220)]
 
 
@@ -52,7 +55,8 @@ def edit(path, change):
 
 def main(root, out, *flags):
     """Flags given later override those of FLAGS."""
-    st.main([*FLAGS, "--root", str(root), "--out", str(out), *map(str, flags)])
+    given = SCORING if {"eval", "pseudo"} & set(map(str, flags)) else FLAGS
+    st.main([*given, "--root", str(root), "--out", str(out), *map(str, flags)])
     return out
 
 
@@ -237,8 +241,11 @@ def test_an_unlabelled_source_must_hold_images_that_are_not_labelled(plain, tmp_
     ("--batch 3 --accumulate 2", "3 does not divide"), ("--batch 0", "--batch 0 is too small"),
     ("--backbone resnet51", "resnet51 does not exist; there are .*resnet50"), ("--recipe big", "big does not exist; there are tiny"),
     ("--threshold 1.5", "1.5 is neither auto"), ("--threshold high", "high is neither auto"), ("--threshold nan", "nan is neither"),
+    ("--norm frozen", "--init random has none"), ("--compile --gradient-checkpointing", "leave out"),
     ("--labeled 0", "0.0 is not a fraction"), ("--labeled 1.1", "1.1 is not a fraction"), ("--labeled nan", "not a fraction"),
-    ("--mode eval", "needs --ckpt"), ("--mode pseudo", "needs --ckpt")])
+    ("--mode eval", "needs --ckpt"), ("--mode pseudo", "needs --ckpt"), ("--ckpt file.pt", "--ckpt is for --mode pseudo and eval"),
+    ("--mode eval --ckpt file.pt --image-size 96 --lr 1", "from --ckpt; leave out --image-size, --lr"),
+    ("--mode pseudo --ckpt file.pt --dry-run", "from --ckpt; leave out --dry-run")])
 def test_values_that_make_no_sense_are_refused_before_anything_is_written(plain, tmp_path, flags, match):
     refused(plain, tmp_path / "run", *flags.split(), match=match)
     assert not (tmp_path / "run").exists()
@@ -338,9 +345,22 @@ def test_what_is_no_checkpoint_is_refused(plain, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("garbage.pt", "foreign.pt", "empty", "nowhere"):
         for mode in ("eval", "pseudo"):
-            refused(plain, tmp_path / "run", "--mode", mode, "--ckpt", tmp_path / name, match=f"checkpoint .*{name}|{name} is no")
+            refused(plain, tmp_path / "run", "--mode", mode, "--ckpt", tmp_path / name, match=f"checkpoint .*{name}|--ckpt.*{name}")
     for name in ("garbage.pt", "foreign.pt", "nowhere"):
         refused(plain, tmp_path / name[:3], "--init", tmp_path / name, match=f"--init .*{name}")
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["config"].pop("act"), lambda state: state["config"].update(width=32),
+    lambda state: state["model"].pop("fpn.lateral.0.weight"), lambda state: state["class_ids"].append(91)],
+    ids=["older", "width", "incomplete", "classes"])
+def test_a_checkpoint_that_its_own_settings_do_not_describe_is_refused(plain, teacher, tmp_path, change):
+    state = runs.load_checkpoint(teacher)
+    change(state)
+    torch.save(state, tmp_path / "changed.pt")
+    for mode in ("eval", "pseudo"):
+        refused(plain, tmp_path / "run", "--mode", mode, "--ckpt", tmp_path / "changed.pt", "--unlabeled", plain / "images",
+                match="changed.pt .*damaged, or was written by another version")
 
 
 def test_a_mistyped_init_can_be_corrected(plain, teacher, tmp_path):
@@ -356,6 +376,66 @@ def test_an_almost_empty_pseudo_set_is_refused_with_advice(plain, tmp_path):
 def test_the_advice_to_lower_the_threshold_can_be_followed(plain, tmp_path):
     refused(plain, tmp_path / "run", "--threshold", 0.9, match="lower --threshold")
     main(plain, tmp_path / "run", "--threshold", 0.0)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "tf_efficientnet_b0", "spinenet49S"])
+def test_a_backbone_of_each_kind_trains_and_its_checkpoint_is_read_again(plain, tmp_path, capsys, backbone):
+    out = main(plain, tmp_path / "run", "--mode", "train", "--backbone", backbone)
+    state = runs.load_checkpoint(out / "teacher")
+    assert state["step"] == 2 and state["config"]["backbone"] == backbone and 0 <= results(out)["teacher"]["AP"] <= 1
+    main(plain, tmp_path / "other", "--mode", "eval", "--ckpt", out / "teacher")
+    scored = capsys.readouterr().out.partition("teacher after 2 steps")[2]
+    again = json.loads(scored[scored.index("{"):])
+    assert again == {k: results(out)["teacher"][k] for k in again}
+
+
+# ---- the backbone's initial weights ------------------------------------------------------------------------------
+
+def resnet10_weights(path, seed=5):
+    """A backbone whose norms are neither 0 nor 1, as a bare state dict."""
+    torch.manual_seed(seed)
+    state = backbones.build("resnet10").state_dict()
+    state = {k: v + 0.1 * torch.rand(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(state, path)
+    return state
+
+
+def test_frozen_norms_stay_as_given_to_the_last_bit_and_the_others_train(plain, tmp_path):
+    given = resnet10_weights(tmp_path / "given.pth")
+    out = main(plain, tmp_path / "run", "--init", tmp_path / "given.pth", "--norm", "frozen", "--student-steps", 1)
+    for stage in ("teacher", "student"):
+        model = runs.load_checkpoint(out / stage)["model"]
+        kernels = {k for k in given if given[k].ndim > 1}
+        for k, v in given.items():
+            if not k.endswith("num_batches_tracked"):
+                assert torch.equal(model[f"backbone.{k}"], v) == (k not in kernels), k
+        assert model["fpn.norm.0.running_mean"].any() and (model["fpn.norm.0.weight"] != 1).any()
+        assert (model["classes.norms.0.0.running_var"] != 1).any()
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_network_frozen_by_mistake_is_not_trained(norm):
+    c = recipes.settings(recipes.Config(norm=norm, init="imagenet"), 1)
+    st.check_trainable(st.build(c, 3), c)
+    frozen = {**c, "norm": "frozen"}
+    st.check_trainable(st.build(frozen, 3), frozen)
+    for net, settings in ((st.build(frozen, 3), c), (st.build(c, 3), frozen), (st.build(frozen, 3), {**frozen, "init": "random"})):
+        with pytest.raises(AssertionError):
+            st.check_trainable(net, settings)
+    net = st.build(c, 3)
+    net.backbone.conv1.requires_grad_(False)
+    with pytest.raises(AssertionError):
+        st.check_trainable(net, c)
+
+
+@pytest.mark.parametrize("given, match", [
+    (lambda: torchvision.models.resnet18().state_dict(), "does not fit resnet10 with norm 'bn': .*missing|is .* in the file"),
+    (lambda: {k: v for k, v in backbones.build("resnet10").state_dict().items() if not k.startswith("layer2")}, "missing"),
+    (lambda: backbones.build("resnet10"), "unsafe unpickling is refused")], ids=["another net", "half", "module"])
+def test_weights_that_do_not_fit_the_backbone_are_refused(plain, tmp_path, given, match):
+    torch.save(given(), tmp_path / "given.pth")
+    refused(plain, tmp_path / "run", "--mode", "train", "--init", tmp_path / "given.pth", match=f"--init .*given.pth.*({match})")
+    assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 # ---- failures on the way -----------------------------------------------------------------------------------------
@@ -409,6 +489,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(plain, tmp_path, cap
 
 def test_a_refused_command_prints_one_line_and_exits_with_2(tmp_path):
     fails_in_one_line(command("--root", tmp_path / "nowhere", "--out", tmp_path / "run"), "^error: no dataset at .*nowhere")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_in_a_file_of_weights_never_runs_and_ends_in_one_line(plain, tmp_path):
+    torch.save({"conv1.weight": Payload(str(tmp_path / "ran"))}, tmp_path / "evil.pth")
+    done = command("--root", plain, "--out", tmp_path / "run", "--mode", "train", "--init", tmp_path / "evil.pth")
+    fails_in_one_line(done, "^error: --init .*evil.pth.*unsafe unpickling is refused")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_write_that_fails_for_real_is_one_line(plain, tmp_path):

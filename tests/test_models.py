@@ -1,16 +1,23 @@
 """models.py: parity with torchvision's RetinaNet and its COCO weights, what is shared and what is not, losses in pieces."""
+import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision.models import WeightsEnum
-from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet_resnet50_fpn
+from torchvision.models.detection import (RetinaNet_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn,
+                                          retinanet_resnet50_fpn_v2)
+from torchvision.transforms.functional import to_tensor
 
 import models
 import ops
 import st
+from util import UserError
 
 
 def tiny(classes=5, seed=0, backbone="resnet10", levels=(3, 6), width=32, depth=2, norm="gn"):
@@ -134,13 +141,149 @@ def test_from_torchvision_with_a_variance_near_zero_is_finite():
     assert scale.isfinite().all() and torch.allclose(scale, torch.tensor(1e-9 / math.sqrt(5.6e-45)), rtol=1e-2)
 
 
-def test_from_torchvision_with_a_given_eps_keeps_other_networks_as_they_are():
+def test_from_torchvision_leaves_the_tensors_it_is_given_alone():
     state = random_coco_state()
     before = {k: v.clone() for k, v in state.items()}
-    kept = models.from_torchvision(state, eps=1e-5)  # trained from torchvision's usual frozen batch norm
-    assert torch.allclose(kept["backbone.bn1.weight"], state["backbone.body.bn1.weight"])
-    assert not torch.allclose(models.from_torchvision(state)["backbone.bn1.weight"], kept["backbone.bn1.weight"], rtol=1e-3)
-    assert all(torch.equal(state[k], before[k]) for k in before)  # the caller's tensors stay
+    assert not torch.equal(models.from_torchvision(state)["backbone.bn1.weight"], before["backbone.body.bn1.weight"])
+    assert all(torch.equal(state[k], before[k]) for k in before)
+
+
+# ---- torchvision's COCO weights as a ready teacher ---------------------------------------------------------------
+
+NO_CLASS = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # torchvision's outputs that are no category of COCO
+SEEN = (0, 1, 3, 12, 13, 44, 77, 90)  # outputs made to find something: the first and the last class, and two that are none
+
+
+@pytest.fixture(scope="module")
+def coco_teacher(tmp_path_factory):
+    """torchvision's detector as it comes with its COCO weights, its state dict in a file, a landscape and a portrait image,
+    and what it finds on each: (file, folder of images, {name: detections})."""
+    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    for name, (w, h) in (("landscape", (120, 100)), ("portrait", (80, 240))):  # the second at the limit of 1333 pixels
+        rough = rng.integers(0, 256, (h // 20, w // 20, 3), dtype=np.uint8)
+        Image.fromarray(rough).resize((w, h), Image.Resampling.BICUBIC).save(root / "images" / f"{name}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: random_coco_state())
+        net = retinanet_resnet50_fpn(weights=RetinaNet_ResNet50_FPN_Weights.COCO_V1, weights_backbone=None).eval()
+    pictures = {path.stem: to_tensor(Image.open(path)) for path in sorted((root / "images").iterdir())}
+    with torch.no_grad():
+        logits = []
+        for picture in pictures.values():
+            batch = net.transform([picture])[0].tensors
+            assert batch.shape[2:] == {120: (800, 960), 80: (1344, 448)}[picture.shape[2]]  # padded to multiples of 32
+            logits.append(net.head(list(net.backbone(batch).values()))["cls_logits"][0])
+        logits, lift = torch.cat(logits), torch.full((91,), -30.0)
+        for k in SEEN:  # some dozens of entries over the score threshold, where there is a wide gap
+            top = logits[:, k].topk(60).values[20:]
+            gap = (top[:-1] - top[1:]).argmax()
+            lift[k] = math.log(0.05 / 0.95) - (top[gap] + top[gap + 1]) / 2
+        net.head.classification_head.cls_logits.bias += lift.repeat(9)
+        torch.save(net.state_dict(), root / "retinanet.pth")
+        return root / "retinanet.pth", root / "images", {k: net([picture])[0] for k, picture in pictures.items()}
+
+
+@pytest.fixture(scope="module")
+def labelled(coco_teacher, tmp_path_factory):
+    file, folder, _ = coco_teacher
+    out = tmp_path_factory.mktemp("labels") / "out"
+    st.main(["--mode", "pseudo", "--ckpt", str(file), "--unlabeled", str(folder), "--out", str(out), "--threshold", "0.05",
+             "--precision", "fp32", "--workers", "0"])
+    return json.loads((out / "pseudo.json").read_text())
+
+
+def test_torchvisions_coco_weights_label_a_folder_as_torchvision_does(coco_teacher, labelled):
+    names = {im["id"]: im["file_name"].partition(".")[0] for im in labelled["images"]}
+    assert sorted(names.values()) == ["landscape", "portrait"]
+    for image, name in names.items():
+        theirs = coco_teacher[2][name]
+        real = torch.tensor([label not in NO_CLASS for label in theirs["labels"].tolist()])
+        assert 0 < (~real).sum() and len(theirs["labels"][real].unique()) > 3 and 24 < real.sum() and len(real) < 300
+        theirs = {k: v[real] for k, v in theirs.items()}
+        rows = [a for a in labelled["annotations"] if a["image_id"] == image]
+        assert len(rows) == len(theirs["scores"])
+        boxes = torch.tensor([a["bbox"] for a in rows])
+        boxes[:, 2:] += boxes[:, :2]
+        same = (boxes[:, None] - theirs["boxes"][None]).abs().amax(2) < 1e-3  # (n, n): free order among near ties
+        same &= torch.tensor([a["category_id"] for a in rows])[:, None] == theirs["labels"][None]
+        same &= (torch.tensor([a["score"] for a in rows])[:, None] - theirs["scores"][None]).abs() < 1e-3
+        assert same.any(0).all() and same.any(1).all()
+
+
+def test_torchvisions_coco_weights_bring_the_80_categories_of_coco(labelled):
+    categories = {c["id"]: c["name"] for c in labelled["categories"]}
+    assert list(categories) == [i for i in range(91) if i not in NO_CLASS]
+    assert len(set(categories.values())) == 80 and "N/A" not in categories.values()
+    assert [categories[i] for i in (1, 11, 13, 44, 90)] == ["person", "fire hydrant", "stop sign", "bottle", "toothbrush"]
+
+
+def test_torchvisions_coco_weights_are_scored_on_a_coco_file(coco_teacher, labelled, tmp_path, capsys):
+    shutil.copytree(coco_teacher[1], tmp_path / "images")
+    for split in ("train", "val"):  # its own detections as the truth
+        (tmp_path / f"{split}.json").write_text(json.dumps({**labelled, "info": {}}))
+    st.main(["--mode", "eval", "--ckpt", str(coco_teacher[0]), "--data", "coco", "--root", str(tmp_path), "--precision", "fp32",
+             "--workers", "0"])
+    printed = capsys.readouterr().out
+    scores = json.loads(printed[printed.index("{"):])
+    assert "torchvision's COCO detector" in printed and scores["AP"] > 0.999 and scores["AR100"] > 0.999
+
+
+def test_a_checkpoint_of_torchvisions_training_script_is_read_like_the_bare_weights(coco_teacher, tmp_path):
+    bare = torch.load(coco_teacher[0], weights_only=True)
+    torch.save({"model": bare, "optimizer": {}, "epoch": 25}, tmp_path / "model_25.pth")
+    want, got = st.read_checkpoint(coco_teacher[0])["model"], st.read_checkpoint(tmp_path / "model_25.pth")["model"]
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def hollow(build, **options):
+    """The state dict of a network in all but its values, small and quickly made."""
+    with torch.device("meta"):
+        state = build(weights=None, **options).state_dict()
+    return {k: torch.zeros(()).expand(v.shape) for k, v in state.items()}
+
+
+def retinanet_state(**options):
+    return hollow(retinanet_resnet50_fpn, weights_backbone=None, **options)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("given, match", [
+    (lambda _: retinanet_state(num_classes=21), "has 21 class outputs; only COCO's 91"),
+    (lambda _: dict([*retinanet_state().items()][::2]), "missing [0-9]+ \\(|0 class outputs"),
+    (lambda _: {k: v for k, v in retinanet_state().items() if "fpn" not in k}, "missing 16 \\(fpn.lateral.0.weight"),
+    (lambda _: {**retinanet_state(), "head.mask.weight": torch.zeros(1)}, "head.mask.weight"),
+    (lambda _: {**retinanet_state(), "backbone.body.conv2.weight": torch.zeros(1)}, "unexpected 1 \\(backbone.conv2.weight\\)"),
+    (lambda _: {**retinanet_state(), "backbone.body.conv1.weight": torch.zeros(1)}, "conv1.weight is \\(1,\\) in the file"),
+    (lambda _: hollow(retinanet_resnet50_fpn_v2, weights_backbone=None), "retinanet_resnet50_fpn"),
+    (lambda _: hollow(fasterrcnn_resnet50_fpn, weights_backbone=None), "neither a checkpoint of st.py nor"),
+    (lambda _: hollow(torchvision.models.resnet50), "neither a checkpoint of st.py nor"),
+    (lambda _: {"model": retinanet_state(num_classes=21), "epoch": 3}, "has 21 class outputs"),
+    (lambda _: {"class_ids": [1]}, "neither a checkpoint of st.py nor"),
+    (lambda _: torch.zeros(3), "neither a checkpoint of st.py nor"),
+    (lambda _: nn.Linear(2, 2), "unsafe unpickling is refused"),
+    (lambda mark: {"head.weight": Payload(mark)}, "unsafe unpickling is refused"),
+    (None, "is not a checkpoint|more than plain tensors"), ("nowhere", "does not exist")], ids=[
+        "21 classes", "every other key", "no pyramid", "a key more", "a layer more", "another shape", "retinanet v2",
+        "faster r-cnn", "resnet50", "training checkpoint",
+        "class ids", "tensor", "module", "code", "garbage", "nowhere"])
+def test_what_are_not_torchvisions_coco_weights_is_refused_in_one_line(given, match, tmp_path):
+    file = tmp_path / "given.pth"
+    if callable(given):
+        torch.save(given(str(tmp_path / "ran")), file)
+    elif given is None:
+        file.write_bytes(b"garbage" * 99)
+    for mode in ("pseudo", "eval"):
+        with pytest.raises(UserError, match=f"--ckpt.*given.pth.*({match})") as error:
+            st.main(["--mode", mode, "--ckpt", str(file), "--unlabeled", str(tmp_path), "--out", str(tmp_path / "out")])
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
 # ---- shapes and layout -------------------------------------------------------------------------------------------

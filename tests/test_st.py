@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import st
+import models
+import recipes
 import runs
-import util
+import st
 from conftest import ROOT
 
 TINY = ["--data", "coco", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--precision", "fp32",
@@ -42,11 +43,11 @@ def squares(tmp_path_factory):
     return root
 
 
-def start(*args, processes=1, script="st.py"):
+def start(*args, processes=1, script="st.py", **environment):
     command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                                    str(random.randint(20000, 60000))] if processes > 1 else [])
     return subprocess.run([*command, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def records(run, stage):
@@ -178,6 +179,47 @@ def test_student_losses_match_over_processes_and_pieces(squares, finished, tmp_p
     for step in range(1, 11):
         for term in ("loss", "cls", "box", "cls_pseudo", "box_pseudo", "ratio"):
             assert one[step][term] == pytest.approx(other[step][term], abs=1e-5 if step == 1 else 5e-4), (step, term)
+
+
+def same_losses(run, other, steps, tolerance):
+    one, two = records(run, "teacher"), records(other, "teacher")
+    for step in range(1, steps + 1):
+        for term in ("loss", "cls", "box", "lr"):
+            assert one[step][term] == pytest.approx(two[step][term], abs=tolerance), (step, term)
+
+
+def test_gradient_checkpointing_changes_no_loss(squares, finished, tmp_path):
+    out = tmp_path / "run"
+    done = start(*TINY, "--root", squares, "--out", out, "--workers", "0", "--mode", "train", "--gradient-checkpointing")
+    assert done.returncode == 0, done.stderr
+    same_losses(finished, out, 10, 1e-6)
+    a, b = weights(finished, "teacher"), weights(out, "teacher")
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_losses(squares, tmp_path, monkeypatch):
+    """One pyramid level and a thin head: what takes its time is the C++ compiler."""
+    monkeypatch.setitem(recipes.RECIPES, "tiny", {**recipes.RECIPES["tiny"], "levels": (5, 5), "width": 16, "depth": 1})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    used, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: used.append(model) or compile(model))
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        st.main([*TINY, "--root", str(squares), "--out", str(tmp_path / name), "--workers", "0", "--mode", "train", "--steps", "3",
+                 "--norm", "bn", *flags])
+    assert isinstance(used[-1], models.RetinaNet) and list((tmp_path / "cache").rglob("*.so"))
+    same_losses(tmp_path / "plain", tmp_path / "compiled", 3, 1e-4)
+    a, b = (weights(tmp_path / name, "teacher") for name in ("plain", "compiled"))
+    assert a.keys() == b.keys()  # no wrapper's prefix: --mode eval and the student can read it
+
+
+def test_without_a_compiler_compile_is_one_line_and_leaving_it_out_goes_on(squares, tmp_path):
+    args = [*TINY, "--root", squares, "--out", tmp_path / "run", "--workers", "0", "--mode", "train", "--steps", "1"]
+    done = start(*args, "--compile", CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --compile") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list((tmp_path / "run").rglob("*.pt"))
+    st.main([*map(str, args)])
 
 
 def test_batch_norm_on_two_processes_scores_what_it_saves(squares, tmp_path):
