@@ -241,7 +241,7 @@ def coco_teacher(state, path="state"):
     names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     ids = [i for i, name in enumerate(names) if name not in ("__background__", "N/A")]
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    outputs = len(state.get("head.classification_head.cls_logits.bias", ())) // 9
+    outputs = state.get("head.classification_head.cls_logits.bias", torch.zeros(0)).numel() // 9
     if outputs != len(names):
         raise ValueError(f"'{path}' has {outputs} class outputs; only COCO's {len(names)} have known names. Give torchvision's "
                          "retinanet_resnet50_fpn COCO weights, or a checkpoint of st.py")

@@ -182,8 +182,9 @@ def read_checkpoint(path):
         return runs.load_checkpoint(path)
     try:
         state = backbones.read_file(os.fspath(path))
-        theirs = state.get("model", state) if isinstance(state, dict) and "class_ids" not in state else {}
-        if any(str(k).startswith("head.") for k in theirs):  # bare, or as torchvision's training script saves it
+        theirs = state.get("model", state) if isinstance(state, dict) and "class_ids" not in state else None
+        if isinstance(theirs, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in theirs.items()) \
+                and any(k.startswith("head.") for k in theirs):  # bare, or as torchvision's training script saves it
             return models.coco_teacher(theirs, path)
     except ValueError as error:
         raise UserError(f"--ckpt: {error}")
