@@ -27,12 +27,13 @@ def fake_batch(size, batch, boxes=8, classes=80):
     low = torch.rand(batch, boxes, 2, generator=g) * size * 0.6
     xyxy = torch.cat([low, low + size * (0.1 + 0.3 * torch.rand(batch, boxes, 2, generator=g))], 2)
     labels = torch.randint(0, classes, (batch, boxes), generator=g)
-    return {"images": images, "boxes": xyxy, "labels": labels, "part": torch.zeros(batch, dtype=torch.int64)}
+    masks = torch.randint(0, 21, (batch, size, size), dtype=torch.uint8, generator=g)
+    return {"images": images, "boxes": xyxy, "labels": labels, "masks": masks, "part": torch.zeros(batch, dtype=torch.int64)}
 
 
 def our_step(batch, c, device, dtype, channels_last=True):
     """The inside of st.train's loop for one supervised step, the loader left out. c: settings as from recipes.settings."""
-    net = st.build(c, 80).to(device).train()
+    net = st.build(c, recipes.CLASSES[c["task"]]).to(device).train()
     net = net if channels_last else net.to(memory_format=torch.contiguous_format)
     (prepare, losses), optimizer = st.TASKS[c["task"]].criterion(c, device), st.make_optimizer(net, c)
     forward = st.compiled(net, device) if c["compile"] else net
@@ -130,7 +131,9 @@ def recipe(name, size, batch, rounds, compile, gradient_checkpointing):
     """Training steps of a recipe on this device, without the loader: images/s, and peak memory where it can be read."""
     _, _, device, _ = util.setup(workers=0)
     dtype = util.precision("auto", device)
-    c = recipes.settings(st.Config(recipe=name, image_size=size, batch=batch, compile=compile,
+    if name not in recipes.RECIPES:
+        raise UserError(f"--recipe {name} does not exist; there are {', '.join(recipes.RECIPES)}")
+    c = recipes.settings(st.Config(task=recipes.RECIPES[name]["task"], recipe=name, image_size=size, batch=batch, compile=compile,
                                    gradient_checkpointing=gradient_checkpointing), 1)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     net, step = our_step(fake_batch(c["image_size"], batch), c, device, dtype)
@@ -142,7 +145,7 @@ def recipe(name, size, batch, rounds, compile, gradient_checkpointing):
         times.append(time.perf_counter() - began)
     each = [batch / t for t in times[2:]]  # two rounds of warming up
     peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else "not measured on a CPU"
-    fixed, image = recipes.memory(st.build(c, 80).to("meta"), c, 1, dtype)
+    fixed, image = recipes.memory(net.to("meta"), c, 1, dtype)
     print(f"{name}, {c['image_size']} px, batch {batch}, {str(dtype)[6:]} on "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {rounds} rounds\n"
           f"  images/s     median {statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})\n"

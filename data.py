@@ -8,7 +8,7 @@ The target dict, everywhere in this project (numpy up to collate, torch after it
 
 Command line:
     python data.py check  train.json [--images DIR] [--strict]     what is wrong with an annotation file
-    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json
+    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json     (or a .txt list of PASCAL VOC)
     python data.py export DIR                                      the embedded world as COCO files and folders
 """
 import argparse
@@ -332,8 +332,8 @@ def nothing(image_id):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """parts: list of Detections or of voc.Masks, human labels first. Keys are (part, step, slot, index): the augmentation's random
-    numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
+    """parts: list of Detections or of voc.Masks, human labels first. Keys are (part, step, slot, index): the augmentation's
+    random numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
 
     def __init__(self, parts, policy, size, seed):
         self.parts, self.policy, self.size, self.seed = parts, policy, size, seed
@@ -349,7 +349,7 @@ class TrainImages(torch.utils.data.Dataset):
             except BadImage as error:
                 bad.append(str(error))
         else:
-            raise UserError(f"20 images in a row are unusable, first {bad[0]}; run python data.py check")
+            raise UserError(f"20 images in a row are unusable, first {bad[0]}; run python data.py check (masks: voc.py)")
         human = ~target["crowd"]  # crowd regions are not trained on
         for field in ("boxes", "labels", "scores", "crowd"):
             target[field] = target[field][human]
@@ -359,7 +359,7 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images resized to fit a square of side `size` (None: as they are), unaugmented; labels are not read. source:
+    """Images resized to fit a square of side `size` (None: as they are), unaugmented; boxes are not read. source:
     Detections, voc.Masks or an array of paths."""
 
     def __init__(self, source, size):
@@ -518,14 +518,17 @@ def main():
         if problems := check(args.path, args.images, args.strict):
             raise UserError(f"{problems} problems in {args.path}; training drops what is listed above")
     elif args.command == "split":
-        ids = load_coco(args.path, Path(args.path).parent).ids
+        if args.path.endswith(".txt"):  # a list of PASCAL VOC
+            ids = sorted({line.strip() for line in open(args.path) if line.strip()})
+        else:
+            ids = load_coco(args.path, Path(args.path).parent).ids
         if not 0 < args.fraction <= 1:
             raise UserError(f"--fraction {args.fraction} is not a fraction; give a number above 0 and up to 1")
         split = make_split(args.path, ids, args.fraction, args.seed)
         write_json(args.out, split)
         print(f"{args.out}: {len(split['labeled'])} of {len(ids)} images labelled")
     else:
-        for part in ("det", "single", "unlabeled"):
+        for part in ("det", "seg", "single", "unlabeled"):
             print(world.build(args.path, part))
 
 

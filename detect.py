@@ -23,6 +23,7 @@ import world
 from util import UserError
 
 TERMS = ["cls", "box"]
+CHECK = "python data.py check"
 METRICS = ["AP", "AP50", "AP75", "AR100"]
 BOX_WEIGHT = 50.0  # of the Huber loss next to the focal loss (TPU detection code)
 FLOOR = 0.05  # detections under this score are not stored, unless the threshold is lower
@@ -47,6 +48,10 @@ def locate(flags):
         return data.coco_layout(world.build(flags.root, "det"))
     except FileExistsError as error:
         raise UserError(f"{error}; give another --root for the embedded world")
+
+
+def data_deps(train, val):
+    return {}  # the annotation files, which st.py hashes, say it all
 
 
 def network(c, classes, norm, backbone_norm):
@@ -120,7 +125,8 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
                         "choose; train it longer, or raise --labeled")
     threshold = best if asked == "auto" else float(asked)
     pseudo_label(folder, net, paths, floor, c, run, log)
-    info = {"teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"], "classes": state["class_names"]}
+    info = {"teacher": state["path"], "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
+            "classes": state["class_names"]}
     result = util.rank0_first(lambda: {"threshold": threshold, "held_out": curve, **merge(
         folder, Path(folder) / "pseudo.json", threshold, state["class_ids"], state["class_names"], info)})
     kept = result["boxes"] / max(result["images"], 1)

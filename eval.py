@@ -87,11 +87,15 @@ def detect_all(model, anchors, source, size, device, dtype, workers=0):
     rank, size_of_world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = list(range(rank, len(source), size_of_world))
     found = dict(detections(model, anchors, source, mine, size, device, dtype, workers))
-    if size_of_world > 1:
-        shares = [None] * size_of_world
-        dist.all_gather_object(shares, found)
-        found = {i: d for share in shares for i, d in share.items()}
-    return dict(sorted(found.items()))
+    return dict(sorted(item for share in gathered(found) for item in share.items()))
+
+
+def gathered(value):
+    """Every process's value, on all of them."""
+    shares = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(shares) > 1:
+        dist.all_gather_object(shares, value)
+    return shares
 
 
 def evaluate(model, anchors, val, size, workers, run, log):

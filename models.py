@@ -164,7 +164,7 @@ class Segmenter(nn.Module):
 
     Levels levels[0]..levels[1] of the pyramid are enlarged to stride 4 and summed, then `depth` 3x3 convolutions of `width`
     channels and a 1x1 (TPU code: use_pyramid_fusion, heads.SegmentationHead). neck: nasfpn (levels 3..7) | fpn.
-    stride: 4 as in the paper's code; 1 (ours) has the 1x1 predict 4 x 4 pixels at each place, for what is only pixels wide.
+    stride: 4 as in the paper's code; 1 (ours) adds a shallow branch that sees single pixels, for what is only pixels wide.
     """
 
     def __init__(self, backbone, classes, levels=(3, 7), width=256, depth=3, neck="nasfpn", stride=4, norm="bn",
@@ -173,20 +173,33 @@ class Segmenter(nn.Module):
         self.backbone = backbones.build(backbone, backbone_norm)
         channels = self.backbone.channels
         self.fpn = NASFPN(channels, width, norm) if neck == "nasfpn" else FPN(channels, levels, width, norm)
-        self.head = nn.Sequential(*[layer for _ in range(depth) for layer in (
-            nn.Conv2d(width, width, 3, padding=1, bias=False), make_norm(norm, width), nn.ReLU(inplace=True))])
-        self.stride, per_place = stride, (4 // stride) ** 2
-        self.final = nn.Conv2d(width, classes * per_place, 1)
-        for conv in [m for m in [*self.head, self.final] if isinstance(m, nn.Conv2d)]:
-            nn.init.normal_(conv.weight, std=0.01)
+
+        def layers(k, *widths):
+            return nn.Sequential(*[layer for c_in, c_out in zip(widths, widths[1:]) for layer in (
+                nn.Conv2d(c_in, c_out, k, padding=k // 2, bias=False), make_norm(norm, c_out), nn.ReLU(inplace=True))])
+        self.head = layers(3, *[width] * (depth + 1))
+        self.stride, half = stride, width // 2
+        if stride == 1:
+            self.detail, self.reduce, self.merge = layers(3, 3 * 4, half), layers(1, width, half), layers(3, 2 * half, half)
+        self.final = nn.Conv2d(half if stride == 1 else width, classes * (4 if stride == 1 else 1), 1)
+        if stride == 4:
+            for conv in [*self.head[::3], self.final]:
+                nn.init.normal_(conv.weight, std=0.01)
+        else:  # from 0.01 it took hundreds of steps of AdamW to leave "background everywhere"
+            for part in (self.head, self.detail, self.reduce, self.merge):
+                backbones.init_convs(part)
+            nn.init.normal_(self.final.weight, std=0.1)
         nn.init.zeros_(self.final.bias)
 
     def forward(self, images):
         size = [-(-n // 4) for n in images.shape[-2:]]
         pyramid = self.fpn(self.backbone(images))
-        x = sum(F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pyramid)  # (B, width, H/4, W/4)
-        logits = F.pixel_shuffle(self.final(self.head(x)), 4 // self.stride)
-        return logits[..., :-(-images.shape[2] // self.stride), :-(-images.shape[3] // self.stride)]
+        x = self.head(sum(F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pyramid))  # (B, width, H/4, W/4)
+        if self.stride == 4:
+            return self.final(x)
+        pixels = self.detail(F.pixel_unshuffle(images, 2))  # (B, width/2, H/2, W/2)
+        x = F.interpolate(self.reduce(x), pixels.shape[-2:], mode="bilinear", align_corners=False)
+        return F.pixel_shuffle(self.final(self.merge(torch.cat([x, pixels], 1))), 2)  # 2 x 2 pixels at each place
 
 
 def weight_decay_groups(model, decay):
@@ -249,8 +262,8 @@ def coco_teacher(state, path="state"):
         model = from_torchvision(state)
     except KeyError as key:
         raise ValueError(f"'{path}' has {key}, which retinanet_resnet50_fpn lacks; give torchvision's COCO weights of that")
-    config = dict(task="det", backbone="resnet50", levels=(3, 7), width=256, depth=4, act="relu", norm="torchvision", momentum=0.1,
-                  image_size=None, seed=0, gradient_checkpointing=False)
+    config = dict(task="det", backbone="resnet50", levels=(3, 7), width=256, depth=4, act="relu", norm="torchvision",
+                  momentum=0.1, image_size=None, seed=0, gradient_checkpointing=False)
     with torch.device("meta"):
         net = RetinaNet("resnet50", len(names), norm="none", backbone_norm="frozen")
     net.name, net.norm = "torchvision's retinanet_resnet50_fpn", "frozen"

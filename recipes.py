@@ -16,9 +16,9 @@ from util import UserError
 
 # What the COCO recipes share: size, batch, lr and its warm-up, weight decay and threshold are Zoph et al. 2020's for
 # EfficientNet-B7 [recalled]; optimiser, levels, heads, anchors and momentum (0.997 in TensorFlow's counting) are [code].
-COCO = dict(task="det", image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=1000, warmup_from=0.01, drops=(), weight_decay=1e-4,
-            clip=0.0, threshold="0.5", aug="s4", student_aug="s4", levels=(3, 7), width=256, depth=4, anchor_base=4.0, act="relu",
-            momentum=0.003)
+COCO = dict(task="det", image_size=640, batch=256, ref_batch=256, optimizer="sgd", warmup=1000, warmup_from=0.01, drops=(),
+            weight_decay=1e-4, clip=0.0, threshold="0.5", aug="s4", student_aug="s4", levels=(3, 7), width=256, depth=4,
+            anchor_base=4.0, act="relu", momentum=0.003)
 # Released configurations of SpineNet: lr drops by 10 twice [code: configs/spinenet, projects/self_training/configs]. Conflicts:
 #  - batch and lr: these rows follow the released 256 and 0.28 (190: 0.30). The paper halves both for want of memory [recalled],
 #    which is --batch 128 here: lr follows. Its number of steps is unknown.
@@ -30,12 +30,13 @@ COCO = dict(task="det", image_size=640, batch=256, ref_batch=256, optimizer="sgd
 # Head width and depth, anchors and swish belong to the backbone: backbones.SPINENETS.
 SPINENET = dict(COCO, lr=0.28, steps=231_500, student_steps=231_500, warmup=2000, warmup_from=0.0067 / 0.28,
                 drops=(217_610 / 231_500, 226_870 / 231_500), weight_decay=4e-5, clip=10.0)
-# PASCAL segmentation: size, lr, warm-up, weight decay, clipping, momentum, NAS-FPN with 7 separable cells and a head of 3 x 256 are
-# the released configurations' [code: projects/self_training/configs/pascal_seg_*]; the init is ImageNet++ (--init, Table 6). Conflicts:
+# PASCAL segmentation: size, lr, warm-up, weight decay, clipping, momentum, NAS-FPN with 7 separable cells and a head of 3 x 256
+# are the released configurations' [code: projects/self_training/configs/pascal_seg_*]; the paper's init is ImageNet++ (Table 6),
+# which is for --init to give. Conflicts:
 #  - steps of B7: these rows follow the paper's 40k [recalled]; the configuration has 20k, as for L2.
-#  - augmentation: S4 as in Table 8's best column; the configuration (used for evaluation) has flip + scale 0.2 .. 1.5 and no policy.
+#  - augmentation: S4 as in Table 8's best column; the configuration (used for evaluation) has flip + scale 0.2 .. 1.5, no policy.
 #  - L2's student sees 128 + 128 images a step, B7's 256 + 256 [recalled].
-PASCAL = dict(task="seg", image_size=512, batch=256, ref_batch=256, student_batch=None, optimizer="sgd", warmup=500,
+PASCAL = dict(task="seg", image_size=512, batch=256, ref_batch=256, optimizer="sgd", warmup=500,
               warmup_from=0.001 / 0.08, drops=(), weight_decay=1e-5, clip=10.0, threshold="0.5", aug="s4", student_aug="s4",
               neck="nasfpn", levels=(3, 7), width=256, depth=3, stride=4, momentum=0.003)
 RECIPES = {
@@ -57,8 +58,8 @@ RECIPES = {
                              lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
                              drops=(171_310 / 185_200, 180_570 / 185_200)),
     # ours: a plain FPN down to stride 4, and a class for every single pixel, since objects are small.
-    "seg-tiny": dict(task="seg", backbone="resnet10", image_size=128, batch=16, ref_batch=16, student_batch=None, steps=800,
-                     student_steps=400, optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05,
+    "seg-tiny": dict(task="seg", backbone="resnet10", image_size=128, batch=16, ref_batch=16, steps=800, student_steps=400,
+                     optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05,
                      clip=10.0, threshold="0.5", aug="s4", student_aug="s4", neck="fpn", levels=(2, 5), width=64, depth=1,
                      stride=1, momentum=0.1),
     "pascal-b7": dict(PASCAL, backbone="tf_efficientnet_b7", lr=0.08, steps=40_000, student_steps=40_000),
@@ -66,6 +67,7 @@ RECIPES = {
                       warmup_from=0.001 / 0.2),
 }
 TASKS = {"det": "tiny", "seg": "seg-tiny"}  # and the recipe of each when none is named
+CLASSES = {"det": 80, "seg": 21}  # of COCO and PASCAL, for --dry-run
 
 
 @dataclass
@@ -127,11 +129,12 @@ HELP = {
         "train_list": "voc: the list of training images, e.g. trainaug for train and aug with their labels",
         "masks": "voc: folder of the masks; SegmentationClassX goes with classesX.txt"},
     "method": {
-        "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny or seg-tiny, which "
-                  "take minutes on a CPU",
+        "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny or seg-tiny, "
+                  "which take minutes on a CPU",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
-        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels",
+        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels; seg: the "
+                     "probability from which a pixel does",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
         "rounds": "repetitions of teacher <- student",
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
@@ -146,7 +149,8 @@ HELP = {
         "ckpt": "for --mode pseudo and eval: checkpoint file or stage folder, or torchvision's retinanet_resnet50_fpn weights"},
     "training": {
         "image_size": "side of the square training canvas, a multiple of 32",
-        "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones",
+        "batch": "human-labelled images per step, over all processes; the student sees as many pseudo-labelled ones (pascal-l2: "
+                 "half as many of each)",
         "steps": "of the teacher", "student_steps": "of the student (and the control)",
         "lr": "peak learning rate at the recipe's reference batch; scaled linearly with --batch (adamw: square root)",
         "optimizer": "{sgd|adamw} sgd: momentum 0.9",
@@ -164,7 +168,7 @@ HELP = {
 
 def settings(flags, ranks):
     """The recipe's row with the flags laid over it: every value that training uses."""
-    recipe = flags.recipe or TASKS[flags.task]
+    recipe = flags.recipe = flags.recipe or TASKS[flags.task]
     if recipe not in RECIPES:
         raise UserError(f"--recipe {recipe} does not exist; there are {', '.join(RECIPES)}")
     c = dict(RECIPES[recipe])
@@ -173,13 +177,14 @@ def settings(flags, ranks):
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("alpha", "init", "norm", "seed", "accumulate", "gradient_checkpointing", "compile",
                                              "workers", "save_every", "flip")})
+    check_data(flags.data, flags.task)
     c["student_aug"] = flags.aug or c["student_aug"]
     if flags.student_steps is None and flags.steps is not None:
         c["student_steps"] = flags.steps
     if c["backbone"] in backbones.SPINENETS:  # it is its own pyramid, and its head belongs to it
         *_, c["width"], c["depth"], c["anchor_base"] = backbones.SPINENETS[c["backbone"]]
         c.update(levels=(3, 7), act="swish")
-    c["student_batch"] = c.get("student_batch") or c["batch"]
+    c["student_batch"] = c.get("student_batch", RECIPES[recipe]["batch"]) * c["batch"] // RECIPES[recipe]["batch"]
     row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
     coarsest = math.ceil(size / 2 ** c["levels"][1]) ** 2  # cells of the last level
     for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
@@ -190,15 +195,16 @@ def settings(flags, ranks):
             (c["backbone"] not in backbones.NAMES,
              f"--backbone {c['backbone']} does not exist; there are {', '.join(backbones.NAMES)}"),
             (size % 32 or size <= 0, f"--image-size {size} is not a multiple of 32; use {max(32, size // 32 * 32)}"),
-            (c["batch"] % pieces or c["student_batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
+            (c["batch"] % pieces, f"--batch {c['batch']} does not divide by {ranks} processes x --accumulate "
                                   f"{c['accumulate']}; use a multiple of {pieces}"),
+            (c["student_batch"] % pieces or not c["student_batch"],
+             f"the student's {c['student_batch']} labelled images a step (at --batch {c['batch']}) do not divide by {ranks} "
+             f"processes x --accumulate {c['accumulate']}; use another --batch"),
             (c["norm"] != "gn" and c["batch"] // pieces * coarsest < 2,
              f"batch norm has a single value to average on the coarsest level at --batch {c['batch']}, --image-size {size}; "
              "raise either, or use --norm gn"),
             (c["task"] == "seg" and c["backbone"] in backbones.SPINENETS,
              f"--backbone {c['backbone']} is for detection; --task seg takes a ResNet or an EfficientNet"),
-            (flags.data not in ("shapes", {"det": "coco", "seg": "voc"}[c["task"]]),
-             f"--data {flags.data} is not for --task {c['task']}; use shapes or {'coco' if c['task'] == 'det' else 'voc'}"),
             (c["task"] == "seg" and c["threshold"] == "auto",
              "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel is labelled"),
             (c["norm"] == "frozen" and c["init"] == "random",
@@ -216,6 +222,11 @@ def settings(flags, ranks):
         if wrong:
             raise UserError(line)
     return c
+
+
+def check_data(name, task):
+    if name not in ("shapes", {"det": "coco", "seg": "voc"}[task]):
+        raise UserError(f"--data {name} is not for --task {task}; use shapes or {'coco' if task == 'det' else 'voc'}")
 
 
 def is_score(text):
@@ -271,7 +282,8 @@ def dry_run(net, flags, c, classes, ranks, dtype, lr):
     """What --dry-run prints. net: as for memory(); lr: the scaled one."""
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     fixed, each = (x / 1e9 for x in memory(net, c, ranks, dtype))
-    piece = c["batch"] // ranks // c["accumulate"]
+    piece, pieces = c["batch"] // ranks // c["accumulate"], ranks * c["accumulate"]
+    student = 2 * c["student_batch"] // pieces
     effective = {**asdict(flags), **c, "precision": str(dtype)[6:], "lr": f"{lr:.4g} ({c['lr']:g} at batch {c['ref_batch']})",
                  "warmup": min(c["warmup"], c["steps"] // 10)}
     return "\n".join([
@@ -279,7 +291,7 @@ def dry_run(net, flags, c, classes, ranks, dtype, lr):
         f"parameters              {parameters:.1f} M with {classes} classes ({c['backbone']})",
         f"steps                   teacher {c['steps']:,} of {c['batch']} images, student {c['student_steps']:,} of "
         f"{c['student_batch']} + {c['student_batch']}",
-        f"in pieces of            {piece} images (student: {2 * piece}) on each of {ranks} processes, {str(dtype)[6:]}",
+        f"in pieces of            {piece} images (student: {student}) on each of {ranks} processes, {str(dtype)[6:]}",
         f"memory, estimated       {fixed:.1f} GB + {each:.2f} GB an image: teacher {fixed + piece * each:.0f} GB, student "
-        f"{fixed + 2 * piece * each:.0f} GB on each device; 80 GB fit about {max(0, int((72 - fixed) / each))} images",
+        f"{fixed + student * each:.0f} GB on each device; 80 GB fit about {max(0, int((72 - fixed) / each))} images",
         "                        more processes, --accumulate or --gradient-checkpointing make it less"])

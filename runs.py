@@ -160,7 +160,7 @@ def fail_nonfinite(folder, step, batch, per_image, rank):
     """Saves which images and boxes made the loss infinite or NaN, then ends the run; checkpoints are untouched."""
     rows = (~per_image.isfinite().all(1)).nonzero().flatten().tolist()
     report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo")[int(batch["part"][i])],
-               "focal_and_box_loss": [str(v) for v in per_image[i].tolist()],
+               "losses": [str(v) for v in per_image[i].tolist()],
                "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
     path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"
     write_json(path, report)

@@ -1,7 +1,7 @@
 """What segmentation plugs into st.py: data, network, loss, scores, pseudo-labels. detect.py has the same functions.
 
-Zoph et al. 2020, section 3.3 [recalled]: softmax cross-entropy over pixels, 255 ignored. Pseudo-labels are averaged over six
-scales, hard, and ignored where the largest probability is under the threshold, 0.5.
+Softmax cross-entropy over pixels, 255 ignored (TensorFlow TPU code). Pseudo-labels are averaged over six scales, hard, and
+ignored where the largest probability is under the threshold, 0.5 (Zoph et al. 2020: recalled). No soft labels.
 """
 import json
 import os
@@ -23,6 +23,7 @@ from augment import IGNORE
 from util import UserError
 
 TERMS = ["ce"]
+CHECK = "python voc.py"
 METRICS = ["mIoU", "accuracy"]
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of pseudo-labelling; scores are at scale 1
 
@@ -50,6 +51,11 @@ def locate(flags):
         raise UserError(f"{error}; give another --root for the embedded world")
 
 
+def data_deps(train, val):
+    """Lists are hashed by st.py; this is for what they stand for."""
+    return {"masks": [train.digest(), val.digest()]}
+
+
 def network(c, classes, norm, backbone_norm):
     return models.Segmenter(c["backbone"], classes, c["levels"], c["width"], c["depth"], c["neck"], c["stride"], norm,
                             backbone_norm)
@@ -60,7 +66,8 @@ def network(c, classes, norm, backbone_norm):
 def criterion(c, device):
     """-> prepare(batch) -> (targets {name: (B, ...)}, counts (2,)), losses(outputs, targets, part, counts) -> (B, 1).
 
-    The loss is at the resolution of the logits, as in the paper's code, masks reduced to it by nearest neighbour.
+    The loss is at the resolution of the logits, as in the TPU code; masks are reduced to it by nearest neighbour (there
+    bilinearly, said to be for the TPU's sake).
     """
     stride = c["stride"]
 
@@ -80,14 +87,14 @@ def criterion(c, device):
 
 @torch.no_grad()
 def probabilities(net, source, index, c, run, scales=(1.0,), flip=False):
-    """Class probabilities of images source[index], averaged over scales (and their mirror images with flip); yields
-    (i, (K, H, W) float32 at the file's resolution, on the device), in order, or (i, {"bad": reason})."""
+    """Class probabilities of images source[index], averaged over scales (and their mirror images with flip); yields in order
+    (i, (K, h, w) float32 of the image as it lies on the canvas, on the device; (H, W) of the file), or (i, None, reason)."""
     (_, _, device, dtype), size, done = run, c["image_size"], 0
     net.eval()
     for rows in data.eval_loader(source, index, size, evaluation.BATCH, c["workers"]):
         images, mean = evaluation.normalise(rows["images"], device), 0
         for scale in scales:
-            side = max(32, round(scale * size / 32) * 32)
+            side = max(32, round(scale * size / 4) * 4)
             x = images if side == size else F.interpolate(images, (side, side), mode="bilinear", antialias=side < size)
             for mirror in (False, True)[:1 + flip]:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -96,32 +103,37 @@ def probabilities(net, source, index, c, run, scales=(1.0,), flip=False):
                 mean = mean + (enlarged.flip(3) if mirror else enlarged) / (len(scales) * (1 + flip))  # (B, K, S, S)
         window, bad = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1).int().tolist(), dict(rows["bad"])
         for j in range(min(evaluation.BATCH, len(index) - done)):  # the last batch is filled up with repeats
-            (h, w), full = window[j], rows["original"][j].tolist()
-            yield index[done + j], {"bad": bad[j]} if j in bad else F.interpolate(
-                mean[j:j + 1, :, :h, :w], full, mode="bilinear", align_corners=False)[0]
+            h, w = window[j]
+            yield index[done + j], *((None, bad[j]) if j in bad else (mean[j, :, :h, :w], rows["original"][j].tolist()))
         done += evaluation.BATCH
+
+
+def decide(found, size):
+    """Probabilities (K, h, w) -> the largest and its class (float32, int64; H, W) at the file's size. Class by class: all of
+    a large file's at once would be gigabytes."""
+    sure, index = torch.full(size, -1.0, device=found.device), torch.zeros(size, dtype=torch.int64, device=found.device)
+    for k in range(len(found)):
+        here = F.interpolate(found[None, k:k + 1], size, mode="bilinear", align_corners=False)[0, 0]
+        index = torch.where(here > sure, k, index)
+        sure = torch.maximum(sure, here)
+    return sure, index
 
 
 def evaluate(net, c, val, run, log):
     """mIoU, accuracy and IoU per class at the files' resolution, one scale; the same on every process."""
     rank, ranks, device, _ = run
     confusion, bad = torch.zeros(len(val.class_names), len(val.class_names), dtype=torch.int64), []
-    for i, found in probabilities(net, val, list(range(rank, len(val), ranks)), c, run):
-        try:
-            if isinstance(found, dict):
-                raise data.BadImage(found["bad"])
-            truth = voc.read_mask(val.mask_path(i), len(val.class_names), tuple(found.shape[1:]))
-        except data.BadImage as error:
-            bad.append(str(error))
+    for i, found, size in probabilities(net, val, list(range(rank, len(val), ranks)), c, run):
+        if found is None:
+            bad.append(size)
             continue
-        confusion += evaluation.confusion_matrix(found.argmax(0).cpu().numpy(), truth, len(val.class_names))
-    counts = torch.tensor([len(bad)], device=device)
-    confusion, missing = util.all_sum(confusion.to(device)).cpu(), int(util.all_sum(counts))
+        truth = voc.read_mask(val.mask_path(i), len(val.class_names), size)
+        confusion += evaluation.confusion_matrix(decide(found, size)[1].cpu().numpy(), truth, len(val.class_names))
+    confusion, bad = util.all_sum(confusion.to(device)).cpu(), [text for share in evaluation.gathered(bad) for text in share]
     for text in bad[:5]:
         log.say(f"warning: not scored: {text}")
-    if missing > max(20, len(val) // 100) or missing == len(val):
-        raise UserError(f"{missing} of {len(val)} validation images are unusable" + (f", first {bad[0]}" if bad else "")
-                        + "; run python voc.py on the folder")
+    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
+        raise UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run {CHECK} on the folder")
     return evaluation.mean_iou(confusion.numpy(), val.class_names)
 
 
@@ -136,16 +148,17 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
     "kept": share of pixels over the threshold, "per_class": {name: share of those}, ...}. held: unused."""
     names, threshold = state["class_names"], float(c["threshold"])
     pseudo_label(folder, net, paths, threshold, c, run, log)
-    info = {"teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"], "threshold": threshold,
-            "classes": names, "scales": SCALES, "flip": c["flip"]}
+    info = {"teacher": state["path"], "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
+            "threshold": threshold, "classes": names, "scales": SCALES, "flip": c["flip"]}
     result = util.rank0_first(lambda: {"threshold": threshold, **merge(folder, names, info)})
     log.say(f"{folder}: threshold {threshold:.2f} keeps {result['kept']:.0%} of the pixels, the others are ignored; "
             f"{result['images'] - result['with_pixels']} of {result['images']} images keep none and are left out; "
             f"{result['bad']} unusable images")
     log.say("  share of the kept pixels: " + ", ".join(f"{k} {v:.1%}" for k, v in result["per_class"].items()))
     if result["kept"] < 0.02:
-        raise UserError(f"{folder} is (almost) empty: {result['kept']:.1%} of the pixels reach the threshold {threshold:.2f}. The "
-                        "teacher is too weak: train it longer, or lower --threshold")
+        raise UserError(f"{folder} is (almost) empty: {result['kept']:.1%} of the pixels of {result['images'] - result['bad']} "
+                        f"usable images reach the threshold {threshold:.2f}. Train the teacher longer, or delete that folder and "
+                        "lower --threshold")
     if sum(v > 0.0005 for v in result["per_class"].values()) < 2:
         log.say(f"warning: (almost) every kept pixel is {max(result['per_class'], key=result['per_class'].get)}: the teacher has "
                 "not learnt to tell classes apart; train it longer")
@@ -164,14 +177,14 @@ def pseudo_label(folder, net, paths, threshold, c, run, log):
     todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
     masks.mkdir(exist_ok=True)
     with open(Path(folder) / f"part_{rank}_of_{ranks}.jsonl", "a", buffering=1) as part:
-        for n, (i, found) in enumerate(probabilities(net, paths, todo, c, run, SCALES, c["flip"])):
+        for n, (i, found, size) in enumerate(probabilities(net, paths, todo, c, run, SCALES, c["flip"])):
             row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
-            if isinstance(found, dict):
-                row.update(found)
+            if found is None:
+                row["bad"] = size
             else:
-                sure, index = found.max(0)
+                sure, index = decide(found, size)
                 index = torch.where(sure >= threshold, index, IGNORE).byte().cpu().numpy()  # (H, W)
-                row.update(mask=f"{i:07d}_{Path(row['file']).stem}.png", size=index.shape,
+                row.update(mask=f"{i:07d}.png", size=index.shape,
                            pixels=np.bincount(index.ravel(), minlength=256)[[*range(len(found)), IGNORE]].tolist())
                 runs.write_atomic(masks / row["mask"], lambda path: world.save_mask(index, path))
             part.write(json.dumps(row) + "\n")

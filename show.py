@@ -1,7 +1,7 @@
 """What the data and a run look like: pictures with boxes or masks, and one self-contained report.html per run.
 
     python show.py augment [--image FILE --json train.json]     one image under Augment-S1..S4 -> augment.png
-    python show.py augment [--image FILE] --mask FILE.png       the same with its segmentation mask
+    python show.py augment --mask [FILE.png --image FILE]       the same with its segmentation mask
     python show.py run runs/default                             builds report.html of a run again, finished or not
 
 The report holds its images and curves inside itself, has no scripts and fetches nothing: it can be mailed as one file.
@@ -64,8 +64,9 @@ def draw_mask(image, mask):
 def draw_boxes(image, target, class_names, scale=1, faint=()):
     """A copy of the PIL image, enlarged by `scale`, with every box of target, its class and its score where below 1, over
     the mask of target if it has one. faint: boxes (M, 4) xyxy to be drawn in thin white and grey."""
-    image = draw_mask(image, target["mask"]) if "mask" in target else image
     image = image.convert("RGB").resize([max(1, round(n * scale)) for n in image.size], Image.Resampling.LANCZOS)
+    if "mask" in target:
+        image = draw_mask(image, np.asarray(Image.fromarray(target["mask"]).resize(image.size, Image.Resampling.NEAREST)))
     pen, font, tags = ImageDraw.Draw(image), ImageFont.load_default(12), []
     for x0, y0, x1, y1 in np.asarray(faint, float).reshape(-1, 4) * scale:  # two lines, to be seen on any ground
         pen.rectangle((x0, y0, x1, y1), outline="#f4f4f4")
@@ -233,7 +234,8 @@ def results_html(results):
 
     masks = "mIoU" in next(iter(results.values()))
     columns = ["mIoU", "accuracy", *next(iter(results.values()))["IoU"]] if masks else COLUMNS
-    values = {name: {**r, **{k: math.nan if v is None else v for k, v in r.get("IoU", {}).items()}} for name, r in results.items()}
+    values = {name: {**r, **{k: math.nan if v is None else v for k, v in r.get("IoU", {}).items()}}
+              for name, r in results.items()}
     scores = {name: np.array([math.nan if r[m] < 0 else r[m] for m in columns]) for name, r in values.items()}
     rows = [[name, *cells(scores[name], ".3f"), f"{r['seconds']:.0f}"] for name, r in results.items()]
     for name in [name for name in results if name.startswith("student")]:
@@ -285,9 +287,11 @@ def audit_html(folder, sheet_path, labelled):
                                    if threshold / 2 <= s < threshold]
     except ValueError:  # parts of an unfinished stage may end within a line
         pass
+    scores_seen = scores.sum() > 0
     scores = "scores of all stored boxes", [("", HUMAN, 1, outline(scores.tolist(), 0, .05))], "score", "boxes"
     if not result:
-        return out[0] + note(f"Not finished: {sum(kept.values())} images labelled so far.") + chart(*scores, log=True)
+        unfinished = note(f"Not finished: {sum(kept.values())} images labelled so far.")
+        return out[0] + unfinished + (chart(*scores, log=True) if scores_seen else "")
 
     out.append(f"<p>Threshold {threshold:.2f} keeps {result['boxes']} boxes, {result['boxes'] / n:.2f} an image; "
                f"{1 - result['with_boxes'] / n:.1%} of {result['images']} images keep no box and are not trained on; "
@@ -341,7 +345,7 @@ def masks_html(folder, sheet_path, result):
         return "".join(out) + note("No contact sheet: there is no image to show, or it is no longer where it was.")
     save_sheet(sheet_path, tiles, names)
     return "".join(out) + picture(sheet_path, "pseudo-labelled images") + note(
-        f"{len(tiles) // 2} of the {len(pseudo)} images that keep some pixels, evenly spread. White: under the threshold, ignored.")
+        f"{len(tiles) // 2} of the {len(pseudo)} images that keep some pixels, evenly spread. White: ignored.")
 
 
 def report(run):

@@ -109,21 +109,23 @@ def train(folder, net, parts, counts, steps, c, run, log):
         per_image = torch.cat(per_image)
         total = torch.zeros(2, len(task.TERMS), device=device).index_add(0, batch["part"], per_image).flatten()
         notes = torch.tensor([float(stop.asked), float(len(quarantine))], device=device)
-        *terms, joint, stopping, unusable = util.all_sum(torch.cat([total, objective[None], notes])).tolist()  # waits for the device
+        total = util.all_sum(torch.cat([total, objective[None], notes]))
+        *terms, joint, stopping, unusable = total.tolist()  # waits for the device
         if not math.isfinite(sum(terms)):
             runs.fail_nonfinite(folder, step, batch, per_image, rank)
         human, pseudo = terms[:len(terms) // 2], terms[len(terms) // 2:]
         unusable /= ranks  # each process meets most of them sooner or later
         if unusable > max(20, sum(map(len, parts)) // 100):
             raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
-                            "run python data.py check on the annotation file")
+                            f"run {task.CHECK} on the data")
         if c["clip"]:
             torch.nn.utils.clip_grad_norm_(net.parameters(), c["clip"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        averages = ops.update_averages(averages, torch.tensor(sum(human)), torch.tensor(sum(pseudo)))
+        if len(parts) == 1 or sum(human) and sum(pseudo):  # a half without a single label says nothing about its usual loss
+            averages = ops.update_averages(averages, torch.tensor(sum(human)), torch.tensor(sum(pseudo)))
         meter.step(step + 1, lr, joint, human, pseudo if len(parts) > 1 else [], averages)
         last = step + 1 == steps or stopping
         if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
@@ -307,7 +309,7 @@ def labelled_by(folder, teacher, c, paths, held, labelled, deps, run, log):
     result = util.rank0_first(lambda: runs.stage(folder, deps))
     if result and result["asked"] == c["threshold"]:
         return result
-    state, task = read_checkpoint(teacher), TASKS[c["task"]]
+    state, task = {**read_checkpoint(teacher), "path": str(teacher)}, TASKS[c["task"]]
     net = restored(state, c, teacher)
     util.rank0_first(lambda: runs.write_json(Path(folder) / "stage.json", {"deps": deps}))  # no longer what it was
     result = task.label(folder, net.to(run[2]), state, paths, held, labelled, c, run, log)
@@ -324,15 +326,17 @@ def main(argv=None):
         return use_checkpoint(flags, run)
     c, out = recipes.settings(flags, ranks), Path(flags.out)
     if flags.dry_run:
+        classes = recipes.CLASSES[c["task"]]
         with torch.device("meta"):
-            net = build(c, 80)
+            net = build(c, classes)
         if rank == 0:
-            print(recipes.dry_run(net, flags, c, 80, ranks, run[3], scaled_lr(c)))
+            print(recipes.dry_run(net, flags, c, classes, ranks, run[3], scaled_lr(c)))
         return
     util.rank0_first(lambda: runs.claim(out))
     log = util.Log(out / "log.jsonl", rank)
 
-    train_set, val = TASKS[c["task"]].load(flags)
+    task = TASKS[c["task"]]
+    train_set, val = task.load(flags)
     split = data.read_split(flags.split, train_set.annotation_file) if flags.split else data.make_split(
         train_set.annotation_file, train_set.ids, flags.labeled, flags.seed)
     human, held, rest = data.apply_split(split, train_set, hold_out=c["threshold"] == "auto")
@@ -347,20 +351,21 @@ def main(argv=None):
             log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
     results = pipeline(flags, c, out, human, held, paths, val, {
         "annotations": split["annotations_sha256"], "validation": data.file_digest(val.annotation_file),
-        "split": runs.digest(split["labeled"]), "held_out": len(held)}, run, log)
+        "split": runs.digest(split["labeled"]), "held_out": len(held),
+        **util.rank0_first(lambda: task.data_deps(train_set, val))}, run, log)
     if rank == 0:
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
         runs.write_json(out / "split.json", split)
         runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
         show.report(out)
-        print(table(results, TASKS[c["task"]].METRICS), f"written: {out}/results.json, {out}/report.html", sep="\n")
+        print(table(results, task.METRICS), f"written: {out}/results.json, {out}/report.html", sep="\n")
 
 
 def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
-    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold", "student_aug",
+    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold", "student_aug", "student_batch", "flip",
             "gradient_checkpointing"] + ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
     if c["init"] not in ("random", "imagenet"):
@@ -372,7 +377,8 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     for k in range(flags.rounds if flags.mode == "run" else 0):
         suffix = "" if k == 0 else str(k + 1)
         source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
-        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, human, label_deps(c, source, run), run, log)
+        source = label_deps(c, source, run)
+        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, human, source, run, log)
         pseudo = task.load_pseudo(out / f"pseudo{suffix}", labels, human)
         c_student = {**c, "aug": c["student_aug"]}
         after = {**same, "aug": c["student_aug"], "steps": c["student_steps"], "student_init": flags.student_init}
@@ -389,8 +395,8 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
 
 def label_deps(c, source, run):
     """What pseudo-labels depend on. A mask holds its threshold and scales; boxes are stored with scores, under any threshold."""
-    return {**source, "image_size": c["image_size"], "precision": str(run[3]),
-            **({"threshold": c["threshold"], "flip": c["flip"]} if c["task"] == "seg" else {})}
+    masks = {"threshold": float(c["threshold"]), "flip": c["flip"], "scales": segment.SCALES} if c["task"] == "seg" else {}
+    return {**source, "image_size": c["image_size"], "precision": str(run[3]), **masks}
 
 
 def table(results, metrics):
@@ -404,8 +410,7 @@ def unlabelled_paths(flags, human, held, rest, val, log):
     """Paths of the unlabelled images (n,): --unlabeled, else the training images whose labels are not used, else the
     embedded world's own unlabelled set. Labelled and validation images among them are left out."""
     if flags.unlabeled:
-        named = flags.data == "voc" and voc.list_file(flags.root, flags.unlabeled).exists()
-        paths = voc.images_of(flags.root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
+        paths = given_images(flags)
     elif len(rest):
         paths = np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
     elif flags.data == "shapes":
@@ -424,6 +429,12 @@ def unlabelled_paths(flags, human, held, rest, val, log):
     return paths
 
 
+def given_images(flags):
+    """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
+    named = flags.data == "voc" and voc.list_file(flags.root, flags.unlabeled).exists()
+    return voc.images_of(flags.root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
+
+
 def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
     ignored = [f for f in ("backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
@@ -434,7 +445,8 @@ def use_checkpoint(flags, run):
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
-    c = {**state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
+    c = {"task": "det", **state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
+    recipes.check_data(flags.data, c["task"])
     if flags.mode == "eval":
         net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]
         val = task.load_val(flags, state["class_ids"], state["class_names"])
@@ -446,15 +458,15 @@ def use_checkpoint(flags, run):
     if not flags.unlabeled:
         raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
     if not recipes.is_score(threshold):
-        raise UserError(f"--threshold {threshold} is not a number between 0 and 1; the report of the run that trained --ckpt "
-                        "shows precision and recall for each")
+        raise UserError(f"--threshold {threshold} is not a number between 0 and 1; for boxes, the report of the run that trained "
+                        "--ckpt shows precision and recall for each")
     if flags.out == Config.out or (out / "config.json").exists():
         raise UserError(f"--mode pseudo needs an --out of its own; {out} is for training runs")
     util.rank0_first(lambda: runs.claim(out))
-    log, paths = util.Log(out / "log.jsonl", run[0]), data.list_images(flags.unlabeled)
+    log, paths = util.Log(out / "log.jsonl", run[0]), given_images(flags)
     c["threshold"] = threshold
-    deps = label_deps(c, {"teacher": runs.digest_weights(state["model"]), "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()},
-                      run)
+    deps = label_deps(c, {"teacher": runs.digest_weights(state["model"]),
+                          "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}, run)
     labelled_by(out, flags.ckpt, c, paths, [], None, deps, run, log)
     log.say(f"written: {out}/pseudo.json")
 

@@ -1,8 +1,9 @@
 """PASCAL VOC's files: an index mask per image, lists of images, class names. What data.py is for COCO, in its target dict.
 
-    python voc.py DIR [--masks SegmentationClass3]     what is wrong with such a folder
+    python voc.py DIR [--masks SegmentationClass3] [--lists train val]     what is wrong with such a folder
 """
 import argparse
+import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ class Masks:
     files: np.ndarray       # (n,) bytes
     masks: np.ndarray       # (n,) bytes
     ids: np.ndarray         # (n,) str
+    rows: np.ndarray        # (n,) int64, position in the sorted list: the number an image is reported by
     class_ids: list         # 0..K-1
     class_names: list
     annotation_file: str    # the list
@@ -40,11 +42,18 @@ class Masks:
     def read(self, i):
         """(image, target with "mask"); data.BadImage if either file cannot be used, or they differ in size."""
         mask = read_mask(self.mask_path(i), len(self.class_names))
-        return data.read_image(self.path(i), mask.shape), {**data.nothing(i), "size": mask.shape, "mask": mask}
+        return data.read_image(self.path(i), mask.shape), {**data.nothing(int(self.rows[i])), "size": mask.shape, "mask": mask}
 
     def subset(self, index):
         index = np.asarray(index, dtype=np.int64)
-        return replace(self, files=self.files[index], masks=self.masks[index], ids=self.ids[index])
+        return replace(self, files=self.files[index], masks=self.masks[index], ids=self.ids[index], rows=self.rows[index])
+
+    def digest(self):
+        """Of what the masks hold and mean."""
+        masks = hashlib.sha256()
+        for i in range(len(self)):
+            masks.update(Path(self.mask_path(i)).read_bytes())
+        return hashlib.sha256(repr((self.class_names, masks.hexdigest())).encode()).hexdigest()[:16]
 
 
 IMAGES = (".jpg", ".png", ".jpeg")
@@ -55,16 +64,20 @@ VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "
 def load_voc(root, name, mask_folder="SegmentationClass"):
     """The images that ImageSets/Segmentation/NAME.txt of a PASCAL VOC folder lists, as Masks.
 
-    Masks are MASK_FOLDER/ID.png, or where that lacks one SegmentationClassAug/ID.png (the SBD masks of `aug`, as usually
-    distributed). Class names are the lines of classes.txt (of classes3.txt for SegmentationClass3, and so on), VOC's 21
-    without such a file. UserError for missing lists, images and masks.
+    Masks are MASK_FOLDER/ID.png, or for training where SegmentationClass lacks one SegmentationClassAug/ID.png (the SBD masks of
+    `aug`, as usually distributed). Class names are the lines of classes.txt (of classes3.txt for SegmentationClass3, and so on),
+    VOC's 21 without such a file. UserError for missing lists, images and masks.
     """
     root, ids = Path(root), listed(root, name)
     files = found(root, ids, ["JPEGImages"], IMAGES)
-    masks = found(root, ids, [mask_folder, "SegmentationClassAug"], [".png"])
+    aug = ["SegmentationClassAug"] if mask_folder == "SegmentationClass" and name != "val" else []
+    masks = found(root, ids, [mask_folder, *aug], [".png"])
     names = root / f"classes{mask_folder.removeprefix('SegmentationClass')}.txt"
     classes = [line.strip() for line in names.read_text().splitlines() if line.strip()] if names.exists() else VOC_CLASSES
-    return Masks(str(root), files, masks, np.array(ids), list(range(len(classes))), classes, str(list_file(root, name)))
+    if len(set(classes)) < len(classes) or not 2 <= len(classes) <= 255:
+        raise UserError(f"{names} must name 2 to 255 different classes, the background first")
+    return Masks(str(root), files, masks, np.array(ids), np.arange(len(ids)), list(range(len(classes))), classes,
+                 str(list_file(root, name)))
 
 
 def list_file(root, name):
@@ -77,7 +90,10 @@ def listed(root, name):
     if not path.exists():
         raise UserError(f"no list at {path}; --root must be a PASCAL VOC folder with JPEGImages/, SegmentationClass/ and "
                         "ImageSets/Segmentation/")
-    ids = sorted(set(path.read_text().split()))
+    ids = sorted({line.strip() for line in path.read_text().splitlines() if line.strip()})
+    odd = [i for i in ids if "\t" in i or " /" in i or i.endswith((".jpg", ".png"))]
+    if odd:
+        raise UserError(f"{path} has the line '{odd[0][:60]}'; give one image name a line, without folder and suffix")
     if not ids:
         raise UserError(f"{path} is empty; nothing can be trained or scored with it")
     data.stay_inside(ids, path, root)
@@ -86,12 +102,12 @@ def listed(root, name):
 
 def found(root, ids, folders, suffixes):
     """The first file FOLDER/ID+SUFFIX that exists for each id, as (n,) bytes relative to root. UserError if one has none."""
-    files = [next((f for f in (f"{folder}/{i}{suffix}" for folder in folders for suffix in suffixes) if (Path(root) / f).exists()),
-                  None) for i in ids]
+    names = ([f"{folder}/{i}{suffix}" for folder in folders for suffix in suffixes] for i in ids)
+    files = [next((f for f in some if (Path(root) / f).exists()), None) for some in names]
     missing = [f"{folders[0]}/{i}{suffixes[0]}" for i, f in zip(ids, files) if f is None]
     if missing:
-        raise UserError(f"{len(missing)} of {len(ids)} listed files do not exist in {root}, first {missing[0]}; add them, or take "
-                        "their lines out of the list")
+        raise UserError(f"{len(missing)} of {len(ids)} listed files do not exist in {root}, first {missing[0]}; add them, or "
+                        "take their lines out of the list")
     return np.array([os.fsencode(f) for f in files], dtype=np.bytes_)
 
 
@@ -107,7 +123,8 @@ def load_pseudo_masks(path, class_names):
     folder = os.path.dirname(os.path.abspath(path))
     files = [os.fsencode(os.path.abspath(row["file"])) for row in rows]
     return Masks(folder, np.array(files, dtype=np.bytes_), np.array([os.fsencode(row["mask"]) for row in rows], dtype=np.bytes_),
-                 np.arange(len(rows)).astype(str), list(range(len(class_names))), list(class_names), str(path))
+                 np.arange(len(rows)).astype(str), np.arange(len(rows)), list(range(len(class_names))), list(class_names),
+                 str(path))
 
 
 def read_mask(path, classes, size=None):
@@ -125,16 +142,16 @@ def read_mask(path, classes, size=None):
         raise data.BadImage(f"{path}: is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}")
     wrong = mask[(mask >= classes) & (mask != augment.IGNORE)]
     if wrong.size:
-        raise data.BadImage(f"{path}: holds class {wrong.max()}, but there are only {classes} (0 to {classes - 1}, and 255 for ignore)")
+        raise data.BadImage(f"{path}: holds class {wrong.max()}, but there are only {classes} (0 to {classes - 1}; 255: ignore)")
     return mask
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
 
-def check(root, mask_folder):
-    """Reads everything that training and scoring would and prints what is wrong. Returns the number of problems."""
+def check(root, mask_folder, lists):
+    """Reads every image and mask of the lists and prints what is wrong. Returns the number of problems."""
     problems = 0
-    for name in ("train", "val"):
+    for name in lists:
         part, pixels = load_voc(root, name, mask_folder), Counter()
         for i in range(len(part)):
             try:
@@ -153,8 +170,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root")
     parser.add_argument("--masks", default="SegmentationClass")
+    parser.add_argument("--lists", nargs="+", default=["train", "val"])
     args = parser.parse_args()
-    if problems := check(args.root, args.masks):
+    if problems := check(args.root, args.masks, args.lists):
         raise UserError(f"{problems} unusable images or masks in {args.root}; training replaces what is listed above")
 
 

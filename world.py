@@ -15,7 +15,7 @@ few minutes of CPU: three settings were tried, on supervised AP alone, before an
 They have been frozen since, and are not tuned to make a method win.
 
 An image is a function of (seed, split, index) alone; another Pillow or numpy release may move a few pixels. What is
-written is plain JPEG and COCO json, which `data.py` reads by the same code as the real data sets. Not imitated:
+written is plain JPEG, COCO json and PASCAL VOC masks, which are read by the same code as the real data sets. Not imitated:
 long-tailed class frequencies, crowd regions, annotation errors, perspective between objects.
 """
 import json
@@ -90,8 +90,9 @@ PARTS = {
     "unlabeled": dict(px=128, splits=dict(train=(4, 4000)), classes=12, objects=(1, 5), side=(22, 72), empty=.10,
                       under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
 }
-PARTS["seg"] = PARTS["det"]
-FILES = {"seg": "JPEGImages/{split}_{i:05d}.jpg", "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
+PARTS["seg"] = PARTS["det"]  # the same images
+FILES = {"seg": "JPEGImages/{split}_{i:05d}.jpg",
+         "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
 THING_SIDE = (22, 60)   # px, things of no class
 SEEN = 0.4       # an object keeps at least this share of its pixels in view, else the newcomer is placed anew
 SMALLEST = 6     # and what is in view is at least this wide and high, in pixels

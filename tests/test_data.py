@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import data
+import detect
 import world
 from util import UserError
 
@@ -480,7 +481,7 @@ def write_parts(folder, files, ranks):
 
 
 def merge(folder, threshold=0.5):
-    stats = data.merge_pseudo(folder, folder / "pseudo.json", threshold, [3, 90], ["red", "blue"], {"teacher": "t"})
+    stats = detect.merge(folder, folder / "pseudo.json", threshold, [3, 90], ["red", "blue"], {"teacher": "t"})
     return stats, json.loads((folder / "pseudo.json").read_text())
 
 
@@ -540,7 +541,7 @@ def test_memory_of_merging_does_not_grow_with_the_number_of_images(tmp_path):
         folder = write_parts(tmp_path / str(n), [f"/pool/{i:08d}.jpg" for i in range(n)], 2)
         tracemalloc.start()
         try:
-            data.merge_pseudo(folder, folder / "pseudo.json", 0.5, [3, 90], ["red", "blue"], {})
+            detect.merge(folder, folder / "pseudo.json", 0.5, [3, 90], ["red", "blue"], {})
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

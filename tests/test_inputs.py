@@ -69,7 +69,7 @@ def refused(root, out, *flags, match):
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    """An untrained teacher finds boxes: their scores are far under st.FLOOR."""
+    """An untrained teacher finds boxes: their scores are far under detect.FLOOR."""
     detect = ops.detect
     monkeypatch.setattr(ops, "detect", lambda *args, **more: detect(*args, **{**more, "min_score": 0.0}))
 

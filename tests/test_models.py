@@ -14,6 +14,7 @@ from torchvision.models.detection import (RetinaNet_ResNet50_FPN_Weights, faster
                                           retinanet_resnet50_fpn_v2)
 from torchvision.transforms.functional import to_tensor
 
+import detect
 import models
 import ops
 import st
@@ -35,7 +36,9 @@ def random_coco_state():
     """A state dict like the COCO file's, with random numbers chosen so that every one matters: signals neither vanish
     nor explode, and variances are small enough for eps to show."""
     g = torch.Generator().manual_seed(0)
-    state = retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the convolutions of the backbone are drawn by torchvision
+        state = retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # batch norm is frozen in the file
     for key in [k for k in state if k.endswith("running_var")]:
         layer = key.removesuffix("running_var")
@@ -416,12 +419,11 @@ def gradients(pieces, averages):
             nn.init.normal_(tower.final.weight, std=0.05)  # from 1e-5 hardly any gradient would reach the rest
     if averages is None:
         batch["part"] = torch.zeros(4, dtype=torch.int64)
-    matched, classes, positives = st.assign(batch, anchors)
+    targets, positives = detect.assign(batch, anchors)
     total = 0.0
     for rows in torch.arange(4).chunk(pieces):
         part = batch["part"][rows]
-        each = st.losses_of(*net(batch["images"][rows]), anchors, batch["boxes"][rows], matched[rows], classes[rows], part,
-                            positives)
+        each = detect.losses_of(net(batch["images"][rows]), {k: v[rows] for k, v in targets.items()}, part, positives, anchors)
         human, pseudo = each[part == 0].sum(), each[part == 1].sum()
         loss = human if averages is None else ops.joint_loss(human, pseudo, averages, 0.7)
         loss.backward()
@@ -443,11 +445,12 @@ def test_a_step_in_pieces_has_the_gradients_of_the_whole(averages):
 
 def test_losses_are_divided_by_the_positives_of_their_own_part_plus_one():
     batch, anchors = labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
-    matched, classes, positives = st.assign(batch, anchors)
+    targets, positives = detect.assign(batch, anchors)
+    matched, classes = targets["matched"], targets["classes"]
     count = [int((matched[batch["part"] == p] >= 0).sum()) for p in (0, 1)]
     assert positives.tolist() == count and count[0] != count[1] and min(count) > 0
     logits, deltas = torch.randn(4, len(anchors), 5), torch.randn(4, len(anchors), 4)
-    got = st.losses_of(logits, deltas, anchors, batch["boxes"], matched, classes, batch["part"], positives)
+    got = detect.losses_of((logits, deltas), targets, batch["part"], positives, anchors)
     focal, box = ops.focal_loss(logits, classes), ops.box_loss(deltas, batch["boxes"], anchors, matched)
     for i, p in enumerate(batch["part"].tolist()):
         want = torch.stack([focal[i] / (count[p] + 1), 50 * box[i] / (4 * (count[p] + 1))])
@@ -456,12 +459,12 @@ def test_losses_are_divided_by_the_positives_of_their_own_part_plus_one():
 
 def test_assign_names_the_class_of_each_positive_anchors_box():
     batch, anchors = labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
-    matched, classes, _ = st.assign(batch, anchors)
+    matched, classes = (detect.assign(batch, anchors)[0][k] for k in ("matched", "classes"))
     for i in range(4):
         for a in range(len(anchors)):
             m = int(matched[i, a])
             assert classes[i, a] == (batch["labels"][i, m] if m >= 0 else m)
     assert (matched[2] == ops.NEGATIVE).all() and (classes[0] >= 0).any()
     empty = {**batch, "boxes": torch.zeros(4, 0, 4), "labels": torch.zeros(4, 0, dtype=torch.int64)}
-    matched, classes, positives = st.assign(empty, anchors)
-    assert (classes == ops.NEGATIVE).all() and positives.tolist() == [0, 0]
+    targets, positives = detect.assign(empty, anchors)
+    assert (targets["classes"] == ops.NEGATIVE).all() and positives.tolist() == [0, 0]

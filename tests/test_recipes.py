@@ -9,6 +9,7 @@ import torch
 from torchvision.ops import StochasticDepth
 
 import backbones
+import detect
 import eval as evaluation
 import ops
 import recipes
@@ -36,6 +37,13 @@ ROWS = {
 }
 
 
+SEG_ROWS = {
+    # name         backbone              lr    steps   student's human images a step
+    "pascal-b7": ("tf_efficientnet_b7", 0.08, 40_000, 256),
+    "pascal-l2": ("tf_efficientnet_l2", 0.2, 20_000, 128),
+}
+
+
 def settings(recipe="tiny", ranks=1, **flags):
     return recipes.settings(Config(recipe=recipe, **flags), ranks)
 
@@ -48,7 +56,17 @@ def lr_of(c, step):
 # ---- the rows ----------------------------------------------------------------------------------------------------
 
 def test_the_table_has_the_rows_tested_here():
-    assert list(recipes.RECIPES) == ["tiny", *ROWS]
+    assert list(recipes.RECIPES) == ["tiny", *ROWS, "seg-tiny", *SEG_ROWS]
+
+
+@pytest.mark.parametrize("name", SEG_ROWS)
+def test_a_pascal_recipe_has_the_published_settings(name):
+    c, (backbone, lr, steps, student) = settings(name, task="seg"), SEG_ROWS[name]
+    assert (c["backbone"], c["lr"], c["steps"], c["student_steps"], c["student_batch"]) == (backbone, lr, steps, steps, student)
+    assert (c["image_size"], c["batch"], c["ref_batch"], c["warmup"], c["weight_decay"], c["clip"], c["threshold"], c["aug"],
+            c["neck"], c["levels"], c["width"], c["depth"], c["stride"], c["momentum"], c["drops"]) == (
+                512, 256, 256, 500, 1e-5, 10, "0.5", "s4", "nasfpn", (3, 7), 256, 3, 4, 0.003, ())
+    assert lr_of(c, 0) == pytest.approx(0.001) and lr_of(c, 500) == pytest.approx(lr) and lr_of(c, steps) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -59,7 +77,7 @@ def test_a_coco_recipe_has_the_published_settings(name):
                 backbone, size, lr, steps, steps, warmup, decay, clip, act, base, *tower, *augs)
     assert (c["batch"], c["ref_batch"], c["optimizer"], c["levels"], c["momentum"], c["threshold"], c["norm"], c["init"]) == (
         256, 256, "sgd", (3, 7), 0.003, "0.5", "bn", "random")
-    anchors = st.anchors_for(c, CPU)
+    anchors = detect.anchors_for(c, CPU)
     assert len(anchors) == 9 * sum(math.ceil(size / 2 ** level) ** 2 for level in range(3, 8))
     assert (anchors[0, 2:] - anchors[0, :2]).tolist() == [8 * base] * 2  # the smallest, of ratio 1
 
@@ -144,7 +162,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(flags, match):
 
 def batch_for(c, images=2):
     """Random images; in each, for every level a box that equals one of its anchors, so that no norm is left untaught."""
-    anchors, g = st.anchors_for(c, CPU), torch.Generator().manual_seed(0)
+    anchors, g = detect.anchors_for(c, CPU), torch.Generator().manual_seed(0)
     cells = [math.ceil(c["image_size"] / 2 ** level) ** 2 for level in range(c["levels"][0], c["levels"][1] + 1)]
     boxes = anchors[[9 * (sum(cells[:i]) + n // 2) for i, n in enumerate(cells)]].expand(images, -1, 4)
     return {"images": torch.randint(0, 256, (images, 3, c["image_size"], c["image_size"]), generator=g, dtype=torch.uint8),
@@ -153,10 +171,10 @@ def batch_for(c, images=2):
 
 
 def loss_of(net, batch, anchors, dtype=torch.float32):
-    matched, classes, positives = st.assign(batch, anchors)
+    targets, positives = detect.assign(batch, anchors)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits, deltas = net(evaluation.normalise(batch["images"], CPU))
-    return st.losses_of(logits, deltas, anchors, batch["boxes"], matched, classes, batch["part"], positives).sum()
+        outputs = net(evaluation.normalise(batch["images"], CPU))
+    return detect.losses_of(outputs, targets, batch["part"], positives, anchors).sum()
 
 
 def kept_for_backward(c, dtype):

@@ -2,7 +2,9 @@
 import json
 import math
 import random
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,8 +144,7 @@ def test_a_nasfpn_cell_is_the_published_graph():
 
 
 @pytest.mark.parametrize("neck, levels", [("fpn", (2, 5)), ("nasfpn", (3, 7))])
-@pytest.mark.parametrize("stride", [4, 1])
-@pytest.mark.parametrize("h, w", [(64, 96), (65, 47)])
+@pytest.mark.parametrize("stride, h, w", [(4, 64, 96), (4, 65, 47), (1, 64, 96), (1, 66, 46)])
 def test_logits_are_at_the_stride_for_any_size(neck, levels, stride, h, w):
     net = models.Segmenter("resnet10", 5, levels, 16, 1, neck, stride, "gn", "gn").eval()
     assert net(torch.zeros(2, 3, h, w)).shape == (2, 5, math.ceil(h / stride), math.ceil(w / stride))
@@ -192,13 +193,15 @@ def net():
 
 def test_one_scale_is_multi_scale_with_that_scale_and_probabilities_are_the_networks(net, squares):
     c, val = settings(), voc.load_voc(squares, "val")
-    (i, once), (_, twice) = (next(segment.probabilities(net, val, [3], c, CPU, scales)) for scales in ((1.0,), (1.0, 1.0)))
+    (i, once, size), (_, twice, _) = (next(segment.probabilities(net, val, [3], c, CPU, scales)) for scales in ((1.0,), (1.0, 1.0)))
     assert i == 3 and torch.allclose(once, twice, atol=1e-6)
+    sure, index = segment.decide(once, size)
+    assert (index == once.argmax(0)).all() and torch.allclose(sure, once.max(0).values)
     image = val.read(3)[0]
     canvas, _, scale = augment.fit(image, data.nothing(3), 64)
     with torch.no_grad():
         logits = net(evaluation.normalise(torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)[None], torch.device("cpu")))
-    want = F.interpolate(logits, (64, 64), mode="bilinear", align_corners=False).softmax(1)[0, :, :image.height, :image.width]
+    want = logits.softmax(1)[0, :, :image.height, :image.width]
     assert once.shape == (3, image.height, image.width) and scale == 1 and torch.allclose(once, want, atol=1e-5)
     assert torch.allclose(once.sum(0), torch.ones(()), atol=1e-5)
 
@@ -219,8 +222,11 @@ def test_scales_are_averaged_and_flip_makes_the_answer_symmetric(net, squares):
 
 def test_images_larger_than_the_canvas_are_answered_at_their_own_size(net, tmp_path):
     Image.new("RGB", (150, 90)).save(tmp_path / "large.png")
-    found = next(segment.probabilities(net, np.array([str(tmp_path / "large.png").encode()]), [0], settings(), CPU))[1]
-    assert found.shape == (3, 90, 150)
+    _, found, size = next(segment.probabilities(net, np.array([str(tmp_path / "large.png").encode()]), [0], settings(), CPU))
+    assert found.shape == (3, 38, 64) and size == [90, 150]
+    whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
+    sure, index = segment.decide(found, size)
+    assert (index == whole.argmax(0)).all() and torch.allclose(sure, whole.max(0).values)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -259,7 +265,8 @@ def test_aug_images_serve_as_labels_or_as_unlabelled_images(copy, tmp_path):
         st.main([*TINY, "--root", str(copy), "--out", str(out), "--labeled", "1", "--steps", "1", "--workers", "0", *flags])
         assert len(json.loads((out / "split.json").read_text())["labeled"]) == labelled
         if unlabelled:
-            assert sorted(p.name[8:-4] for p in (out / "pseudo/masks").iterdir()) == sorted(names[4:])
+            rows = json.loads((out / "pseudo/pseudo.json").read_text())["images"]
+            assert sorted(row["file"].split("/")[-1][:-4] for row in rows) == sorted(names[4:])
 
 
 def test_the_worlds_masks_are_those_of_its_objects(tmp_path):
@@ -348,7 +355,7 @@ def start(*args, processes=1):
     command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                                    str(random.randint(20000, 60000))] if processes > 1 else [])
     return subprocess.run([*command, str(ROOT / "st.py"), *map(str, args)], capture_output=True, text=True,
-                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -387,9 +394,9 @@ def test_threshold_ignores_what_the_teacher_is_not_sure_of(finished, squares, tm
     rows = json.loads((out / "pseudo.json").read_text())["images"]
     kept = []
     for row in rows[:3]:
-        found = next(segment.probabilities(net, np.array([row["file"].encode()]), [0], {**state["config"], "workers": 0}, CPU,
-                                           segment.SCALES))[1]
-        mask, (sure, index) = voc.read_mask(out / row["mask"], 3), found.max(0)
+        _, found, size = next(segment.probabilities(net, np.array([row["file"].encode()]), [0], {**state["config"], "workers": 0},
+                                                    CPU, segment.SCALES))
+        mask, (sure, index) = voc.read_mask(out / row["mask"], 3), segment.decide(found, size)
         assert (mask == torch.where(sure >= .45, index, 255).numpy()).mean() > .999  # but for ties of rounding between batches
         kept.append((mask != 255).mean())
     assert 0 < np.mean(kept) < 1
@@ -421,7 +428,7 @@ def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(squa
                          ("torch.optim.AdamW.step", 7)):
         (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT), place=place, count=count))
         ended = subprocess.run([sys.executable, str(tmp_path / "killer.py"), *args], capture_output=True, text=True,
-                               env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert ended.returncode == -signal.SIGKILL, ended.stderr
     done = start(*args)
     assert done.returncode == 0, done.stderr
@@ -461,6 +468,56 @@ def test_other_thresholds_and_classes_on_finished_labels_are_refused(finished, s
     other = voc_folder(tmp_path / "other", 2, 2, ("a", "b", "c"))
     with pytest.raises(UserError, match="other classes"):
         st.main(["--task", "seg", "--mode", "eval", "--ckpt", str(finished / "student"), "--data", "voc", "--root", str(other)])
+
+
+def test_masks_of_other_meaning_are_other_data(squares, finished, tmp_path):
+    """Same lists, other masks or names: not the run that was begun."""
+    for change in (lambda root: (root / "classes.txt").write_text("ground\nblack\nwhite\n"),
+                   lambda root: damage(root, "train_3", "another size")):
+        root = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(squares, root)
+        change(root)
+        with pytest.raises(UserError, match="begun with other settings .*masks"):
+            st.main([*TINY, "--root", str(root), "--out", str(finished), "--control", "--workers", "0"])
+
+
+def test_a_half_without_labels_does_not_upset_the_joint_loss(copy, tmp_path):
+    """Pseudo-labels of one pixel an image: most steps see none. The ratio of the losses must not explode."""
+    out = tmp_path / "run"
+    flags = [*TINY, "--root", str(copy), "--out", str(out), "--workers", "0", "--steps", "3", "--student-steps", "12"]
+    st.main([*flags, "--mode", "train"])
+    st.main(flags)  # to have the stage's record
+    for path in (out / "pseudo/masks").iterdir():
+        mask = np.full(voc.read_mask(path, 3).shape, 255, np.uint8)
+        mask[0, 0] = 1
+        world.save_mask(mask, path)
+    shutil.rmtree(out / "student")
+    st.main(flags)
+    assert all(line["loss"] < 20 for line in records(out, "student").values())
+
+
+@pytest.mark.parametrize("text, match", [("a\nb\na\n", "different classes"), ("a\n", "2 to 255"), ("\n".join(map(str, range(256))), "255")])
+def test_class_lists_that_cannot_be_are_refused(copy, text, match):
+    (copy / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=match):
+        voc.load_voc(copy, "val")
+
+
+def test_list_lines_with_folders_or_columns_are_refused(copy):
+    for line in ("/JPEGImages/a.jpg /SegmentationClassAug/a.png", "a\t1", "train_0.jpg"):
+        (copy / "ImageSets/Segmentation/train.txt").write_text(line)
+        with pytest.raises(UserError, match="one image name a line"):
+            voc.load_voc(copy, "train")
+
+
+def test_the_data_must_fit_the_task_of_the_checkpoint(finished, squares):
+    with pytest.raises(UserError, match="--data coco is not for --task seg"):
+        st.main(["--mode", "eval", "--ckpt", str(finished / "student"), "--data", "coco", "--root", str(squares)])
+
+
+def test_batch_scales_the_students_of_pascal_l2_as_well():
+    c = recipes.settings(st.Config(task="seg", recipe="pascal-l2", batch=16), 1)
+    assert (c["batch"], c["student_batch"]) == (16, 8) and st.scaled_lr(c) == pytest.approx(0.2 / 16)
 
 
 def test_masks_are_drawn_over_their_image():
