@@ -35,7 +35,9 @@ def random_coco_state():
     """A state dict like the COCO file's, with random numbers chosen so that every one matters: signals neither vanish
     nor explode, and variances are small enough for eps to show."""
     g = torch.Generator().manual_seed(0)
-    state = retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the convolutions of the backbone are drawn by torchvision
+        state = retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # batch norm is frozen in the file
     for key in [k for k in state if k.endswith("running_var")]:
         layer = key.removesuffix("running_var")
