@@ -45,7 +45,8 @@ SEG_ROWS = {
 
 
 def settings(recipe="tiny", ranks=1, **flags):
-    return recipes.settings(Config(recipe=recipe, **flags), ranks)
+    task = recipes.RECIPES.get(recipe, {}).get("task", "det")
+    return recipes.settings(Config(**{"task": task, "recipe": recipe, **flags}), ranks)
 
 
 def lr_of(c, step):
