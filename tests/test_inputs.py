@@ -447,7 +447,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(plain, tmp_
     report = json.loads(path.read_text())
     known = {im["id"] for im in json.loads((plain / "train.json").read_text())["images"]}
     assert str(path) in text and report and {row["image_id"] for row in report} <= known
-    assert all(set(row) >= {"part", "boxes", "focal_and_box_loss"} for row in report)
+    assert all(set(row) >= {"part", "boxes", "losses"} for row in report)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
