@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 
 import augment
 import world
-from runs import write_atomic, write_json
+from runs import write_json
 from util import UserError, run
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}

@@ -1,7 +1,6 @@
 """Segmentation: the arithmetic against references, the masks' files, and the same promises of the pipeline as for detection."""
 import json
 import math
-import random
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ import show
 import st
 import voc
 import world
-from conftest import ROOT
+from conftest import ROOT, records, start
 from util import UserError
 
 TINY = ["--task", "seg", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--norm", "gn",
@@ -351,13 +350,6 @@ def test_flags_of_the_other_task_are_refused(squares, tmp_path, flags, match):
 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
 
-def start(*args, processes=1):
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-                                   str(random.randint(20000, 60000))] if processes > 1 else [])
-    return subprocess.run([*command, str(ROOT / "st.py"), *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.fixture(scope="module")
 def finished(squares, tmp_path_factory):
     """The uninterrupted run that others are compared with."""
@@ -365,11 +357,6 @@ def finished(squares, tmp_path_factory):
     done = start(*TINY, "--root", squares, "--out", out, "--workers", "1", "--control")
     assert done.returncode == 0, done.stderr
     return out
-
-
-def records(run, stage):
-    lines = [json.loads(line) for line in open(run / "log.jsonl")]
-    return {line["step"]: line for line in lines if line["stage"] == stage}
 
 
 def test_pipeline_scores_every_stage_and_leaves_masks_and_a_report(finished):

@@ -16,7 +16,7 @@ import models
 import recipes
 import runs
 import st
-from conftest import ROOT
+from conftest import ROOT, records, start
 
 TINY = ["--data", "coco", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--precision", "fp32",
         "--threshold", "0.0", "--labeled", "0.5", "--norm", "gn", "--lr", "1e-3", "--save-every", "4"]
@@ -41,18 +41,6 @@ def squares(tmp_path_factory):
         categories = [{"id": 3, "name": "dark"}, {"id": 7, "name": "bright"}]
         (root / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return root
-
-
-def start(*args, processes=1, script="st.py", **environment):
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-                                   str(random.randint(20000, 60000))] if processes > 1 else [])
-    return subprocess.run([*command, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1", **environment})
-
-
-def records(run, stage):
-    lines = [json.loads(line) for line in open(run / "log.jsonl")]
-    return {line["step"]: line for line in lines if line["stage"] == stage}
 
 
 @pytest.fixture(scope="module")
