@@ -28,6 +28,8 @@ What the paper leaves open, and what is done here:
  - Op details for segmentation are UNKNOWN. Here a mask moves exactly as its image does, by nearest neighbour, and
    whatever is no longer visible (moved in from outside, cut out, padding) becomes 255: it cannot be learnt. The ops on
    single boxes (two of POLICY_V0's ten, in S2 and S3) do nothing where there are no boxes.
+ - An image with a class as a whole (no boxes, no mask) goes through the same ops: detection's policies and scale jitter,
+   not ImageNet's AutoAugment and random resized crop.
  - The published pixel constants (translate 250/100/120, cutout 100/40/50) presuppose COCO, whose longest side is 640.
    They are multiplied by longest_side/640: the same on COCO, in proportion elsewhere. This is our decision.
 

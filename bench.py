@@ -28,7 +28,8 @@ def fake_batch(size, batch, boxes=8, classes=80):
     xyxy = torch.cat([low, low + size * (0.1 + 0.3 * torch.rand(batch, boxes, 2, generator=g))], 2)
     labels = torch.randint(0, classes, (batch, boxes), generator=g)
     masks = torch.randint(0, 21, (batch, size, size), dtype=torch.uint8, generator=g)
-    return {"images": images, "boxes": xyxy, "labels": labels, "masks": masks, "part": torch.zeros(batch, dtype=torch.int64)}
+    return {"images": images, "boxes": xyxy, "labels": labels, "masks": masks, "image_class": labels[:, 0],
+            "part": torch.zeros(batch, dtype=torch.int64)}
 
 
 def our_step(batch, c, device, dtype, channels_last=True):

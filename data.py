@@ -4,11 +4,12 @@ The target dict, everywhere in this project (numpy up to collate, torch after it
     boxes  float32 (N, 4)  xyxy in absolute pixels          labels  int64 (N,)   contiguous 0..K-1, remapped at load
     scores float32 (N,)    1 for human labels               crowd   bool (N,)    COCO's iscrowd
     mask   uint8 (H, W)    class index, 255 = ignore (segmentation only)
+    image_class  int       class index of the image as a whole, which has no boxes (classification only)
     image_id, size (h, w)                                    N = 0 is an ordinary image
 
 Command line:
-    python data.py check  train.json [--images DIR] [--strict]     what is wrong with an annotation file
-    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json     (or a .txt list of PASCAL VOC)
+    python data.py check  train.json [--images DIR] [--strict]     what is wrong with an annotation file, or a folder's images
+    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json     (or VOC's .txt list, or a class folders' folder)
     python data.py export DIR                                      the embedded world as COCO files and folders
 """
 import argparse
@@ -224,12 +225,18 @@ def read_image(path, size=None):
     return image
 
 
+def images_below(folder):
+    """Paths of the image files in a folder and those below it, relative to it, sorted."""
+    return sorted(f"{os.path.relpath(d, folder)}/{f}" for d, _, files in os.walk(folder, followlinks=True) for f in files
+                  if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
+
+
 def list_images(source):
     """Paths of unlabelled images as a sorted flat array (n,) of bytes. source: a folder (searched recursively, so
     ImageNet-style class folders too), a glob, a .txt list, or a COCO json (its annotations are not read)."""
     path = Path(source)
     if path.is_dir():
-        found = [os.path.join(d, f) for d, _, files in os.walk(path, followlinks=True) for f in files]
+        found = [os.path.join(path, f) for f in images_below(path)]
     elif path.suffix == ".json":
         value = read_json(path, "image list", ["images"])
         info = value["info"] if isinstance(value.get("info"), dict) else {}
@@ -273,7 +280,9 @@ HOLD_OUT = 10  # every 10th labelled image may be held out to choose the pseudo-
 
 
 def file_digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """sha256 of a file, or of the names of the images below a folder: class folders say all there is to say."""
+    content = os.fsencode("\n".join(images_below(path))) if os.path.isdir(path) else Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def make_split(annotation_file, ids, fraction, seed):
@@ -332,8 +341,8 @@ def nothing(image_id):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """parts: list of Detections or of voc.Masks, human labels first. Keys are (part, step, slot, index): the augmentation's
-    random numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
+    """parts: list of Detections, voc.Masks or classify.Images, human labels first. Keys are (part, step, slot, index): the
+    augmentation's random numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
 
     def __init__(self, parts, policy, size, seed):
         self.parts, self.policy, self.size, self.seed = parts, policy, size, seed
@@ -360,7 +369,7 @@ class TrainImages(torch.utils.data.Dataset):
 
 class EvalImages(torch.utils.data.Dataset):
     """Images resized to fit a square of side `size` (None: as they are), unaugmented; boxes are not read. source:
-    Detections, voc.Masks or an array of paths."""
+    Detections, voc.Masks, classify.Images or an array of paths."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -395,6 +404,8 @@ def collate(samples):
              "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": reasons}
     if "mask" in targets[0]:
         batch["masks"] = torch.from_numpy(np.stack([t["mask"] for t in targets]))  # (B, S, S) uint8
+    if "image_class" in targets[0]:
+        batch["image_class"] = torch.tensor([t["image_class"] for t in targets])  # (B,)
     if "scale" in targets[0]:
         batch["scale"] = torch.tensor([t["scale"] for t in targets])
         batch["original"] = torch.tensor([t["original"] for t in targets])  # (B, 2) h, w
@@ -475,8 +486,9 @@ def finished_images(folder, n, floor=0.0):
 
 
 def read_parts(folder):
-    """All pseudo-labelled images in order, one at a time: {"i", "file", "size", "boxes" xywh, "labels", "scores"}
-    or {"i", "file", "bad"}. Every part is in order already, so merging holds one line per part in memory."""
+    """All pseudo-labelled images in order, one at a time: {"i", "file", "size", "boxes" xywh, "labels", "scores"} (of masks
+    and classes what segment.py and classify.py write) or {"i", "file", "bad"}. Every part is in order already, so merging
+    holds one line per part in memory."""
     streams = [map(json.loads, open(part)) for part in pseudo_parts(folder)]
     return heapq.merge(*streams, key=lambda row: row["i"])
 
@@ -485,14 +497,18 @@ def read_parts(folder):
 
 def check(path, images=None, strict=False):
     """Reads everything a training would and prints what is wrong. Returns the number of problems."""
-    found = load_coco(path, images or _folder_beside(path), strict=strict)
-    problems = Counter(found.dropped)
+    folder = os.path.isdir(path)
+    found = list_images(path) if folder else load_coco(path, images or _folder_beside(path), strict=strict)
+    problems = Counter({} if folder else found.dropped)
     for i in range(len(found)):
         try:
-            read_image(found.path(i), tuple(found.sizes[i]))
+            read_image(os.fsdecode(found[i])) if folder else read_image(found.path(i), tuple(found.sizes[i]))
         except BadImage as error:
             problems["unusable image"] += 1
             print(f"  {error}")
+    if folder:
+        print(f"{path}: {len(found)} images, {problems['unusable image']} unusable")
+        return problems["unusable image"]
     count = Counter(found.labels.tolist())
     empty = int((found.start[1:] == found.start[:-1]).sum())
     print(f"{path}: {len(found)} images ({empty} without objects), {len(found.boxes)} boxes ({int(found.crowd.sum())} crowd)")
@@ -520,6 +536,8 @@ def main():
     elif args.command == "split":
         if args.path.endswith(".txt"):  # a list of PASCAL VOC
             ids = sorted({line.strip() for line in open(args.path) if line.strip()})
+        elif os.path.isdir(args.path):
+            ids = np.arange(len(images_below(args.path)))
         else:
             ids = load_coco(args.path, Path(args.path).parent).ids
         if not 0 < args.fraction <= 1:

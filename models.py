@@ -1,5 +1,5 @@
 """The networks of Zoph et al. 2020. RetinaNet (Lin et al. 2017): backbone -> FPN -> shared class and box towers. Segmenter:
-backbone -> NAS-FPN (Ghiasi et al. 2019) or FPN -> sum of the levels -> class per pixel.
+backbone -> NAS-FPN (Ghiasi et al. 2019) or FPN -> sum of the levels -> class per pixel. Classifier: backbone -> mean -> class.
 
 Facts from the TPU detection code (tensorflow/tpu, models/official/detection: heads.py, fpn.py): FPN with batch norm
 after P3-P7, towers whose convolutions are shared over levels while their batch norm is separate per level.
@@ -200,6 +200,20 @@ class Segmenter(nn.Module):
         pixels = self.detail(F.pixel_unshuffle(images, 2))  # (B, width/2, H/2, W/2)
         x = F.interpolate(self.reduce(x), pixels.shape[-2:], mode="bilinear", align_corners=False)
         return F.pixel_shuffle(self.final(self.merge(torch.cat([x, pixels], 1))), 2)  # 2 x 2 pixels at each place
+
+
+class Classifier(nn.Module):
+    """images (B, 3, H, W), normalised -> class logits (B, K), from the mean over C5: padding counts as any other place does."""
+
+    def __init__(self, backbone, classes, backbone_norm="bn"):
+        super().__init__()
+        self.backbone = backbones.build(backbone, backbone_norm)
+        self.final = nn.Linear(self.backbone.channels[5], classes)
+        nn.init.normal_(self.final.weight, std=0.01)
+        nn.init.zeros_(self.final.bias)
+
+    def forward(self, images):
+        return self.final(self.backbone(images)[5].mean((2, 3)))
 
 
 def weight_decay_groups(model, decay):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import backbones
+import runs
 from util import UserError
 
 # What the COCO recipes share: size, batch, lr and its warm-up, weight decay and threshold are Zoph et al. 2020's for
@@ -62,12 +63,17 @@ RECIPES = {
                      optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05,
                      clip=10.0, threshold="0.5", aug="s4", student_aug="s4", neck="fpn", levels=(2, 5), width=64, depth=1,
                      stride=1, momentum=0.1),
+    # ours: flip and crop for the teacher, and for the student noise (Noisy Student; its threshold, 0.3, is recalled).
+    "cls-tiny": dict(task="cls", backbone="resnet10", image_size=96, batch=32, ref_batch=32, steps=1500, student_steps=1500,
+                     optimizer="adamw", lr=3e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0,
+                     threshold="0.3", aug="s1", student_aug="s4", momentum=0.1),
     "pascal-b7": dict(PASCAL, backbone="tf_efficientnet_b7", lr=0.08, steps=40_000, student_steps=40_000),
     "pascal-l2": dict(PASCAL, backbone="tf_efficientnet_l2", lr=0.2, steps=20_000, student_steps=20_000, student_batch=128,
                       warmup_from=0.001 / 0.2),
 }
-TASKS = {"det": "tiny", "seg": "seg-tiny"}  # and the recipe of each when none is named
-CLASSES = {"det": 80, "seg": 21}  # of COCO and PASCAL, for --dry-run
+TASKS = {"det": "tiny", "seg": "seg-tiny", "cls": "cls-tiny"}  # and the recipe of each when none is named
+CLASSES = {"det": 80, "seg": 21, "cls": 1000}  # of COCO, PASCAL and ImageNet, for --dry-run
+FILES = {"det": "coco", "seg": "voc", "cls": "folder"}  # what each reads besides the embedded world
 
 
 @dataclass
@@ -115,13 +121,15 @@ HELP = {
     "what to do": {
         "mode": "{run|train|pseudo|eval} run: the whole pipeline; train: the teacher only; pseudo: label --unlabeled "
                 "with --ckpt; eval: score --ckpt",
-        "task": "{det|seg} detection (boxes) or segmentation (a class per pixel)",
+        "task": "{det|seg|cls} detection (boxes), segmentation (a class per pixel) or classification (one per image)",
         "out": "run directory; the same command resumes it",
         "seed": "of initial weights, label split, image order and augmentation"},
     "data": {
-        "data": "{shapes|coco|voc} shapes: the embedded world; coco: COCO json files (det); voc: PASCAL VOC folders (seg)",
+        "data": "{shapes|coco|voc|folder} shapes: the embedded world; coco: COCO json files (det); voc: PASCAL VOC folders "
+                "(seg); folder: class folders (cls)",
         "root": "coco: folder with annotations/ + train2017/ + val2017/, or train.json + val.json + images/; voc: folder with "
-                "JPEGImages/, SegmentationClass/, ImageSets/Segmentation/{train,val}.txt and perhaps classes.txt",
+                "JPEGImages/, SegmentationClass/, ImageSets/Segmentation/{train,val}.txt and perhaps classes.txt; "
+                "folder: train/CLASS/*.jpg and val/CLASS/*.jpg",
         "labeled": "fraction of the training images whose labels are used",
         "split": "label split written by 'data.py split' instead of --labeled and --seed",
         "unlabeled": "folder, glob, .txt list or COCO json of images, or (voc) the name of a list such as aug; default: the "
@@ -129,12 +137,12 @@ HELP = {
         "train_list": "voc: the list of training images, e.g. trainaug for train and aug with their labels",
         "masks": "voc: folder of the masks; SegmentationClassX goes with classesX.txt"},
     "method": {
-        "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny or seg-tiny, "
-                  "which take minutes on a CPU",
+        "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny, seg-tiny or "
+                  "cls-tiny, which take minutes on a CPU",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
-        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels; seg: the "
-                     "probability from which a pixel does",
+        "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels; seg, "
+                     "cls: the probability from which a pixel or image does",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
         "rounds": "repetitions of teacher <- student",
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
@@ -142,8 +150,9 @@ HELP = {
         "flip": "seg: average pseudo-labels over the mirrored image as well"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),
-        "init": "of the backbone: random, imagenet (torchvision's weights), or a file: our checkpoint, torchvision's or timm's "
-                "weights (.pth, .safetensors), MoCo's checkpoint, simclr:FILE for a converted ResNet",
+        "init": "of the backbone: random, imagenet (torchvision's weights), our checkpoint of any task (a file, or a stage's "
+                "folder such as runs/x/student), torchvision's or timm's weights (.pth, .safetensors), MoCo's checkpoint, "
+                "simclr:FILE for a converted ResNet",
         "norm": "{bn|gn|frozen} batch norm; group norm (independent of how images are spread over processes); or batch norm "
                 "with the backbone's kept as --init has it",
         "ckpt": "for --mode pseudo and eval: checkpoint file or stage folder, or torchvision's retinanet_resnet50_fpn weights"},
@@ -185,8 +194,10 @@ def settings(flags, ranks):
         *_, c["width"], c["depth"], c["anchor_base"] = backbones.SPINENETS[c["backbone"]]
         c.update(levels=(3, 7), act="swish")
     c["student_batch"] = c.get("student_batch", RECIPES[recipe]["batch"]) * c["batch"] // RECIPES[recipe]["batch"]
+    if os.path.isdir(c["init"]):
+        c["init"] = str(runs.newest(c["init"])[0] or c["init"])
     row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
-    coarsest = math.ceil(size / 2 ** c["levels"][1]) ** 2  # cells of the last level
+    coarsest = math.ceil(size / 2 ** c.get("levels", (2, 5))[1]) ** 2  # cells of the last level
     for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
         if not c[name] >= least:
             raise UserError(f"--{name.replace('_', '-')} {c[name]} is too small; give {least} or more")
@@ -203,17 +214,18 @@ def settings(flags, ranks):
             (c["norm"] != "gn" and c["batch"] // pieces * coarsest < 2,
              f"batch norm has a single value to average on the coarsest level at --batch {c['batch']}, --image-size {size}; "
              "raise either, or use --norm gn"),
-            (c["task"] == "seg" and c["backbone"] in backbones.SPINENETS,
-             f"--backbone {c['backbone']} is for detection; --task seg takes a ResNet or an EfficientNet"),
-            (c["task"] == "seg" and c["threshold"] == "auto",
-             "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel is labelled"),
+            (c["task"] != "det" and c["backbone"] in backbones.SPINENETS,
+             f"--backbone {c['backbone']} is for detection; --task {c['task']} takes a ResNet or an EfficientNet"),
+            (c["task"] != "det" and c["threshold"] == "auto",
+             "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel or image is labelled"),
             (c["norm"] == "frozen" and c["init"] == "random",
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
             (c["compile"] and c["gradient_checkpointing"],
              "--compile decides by itself what to recompute; leave out --gradient-checkpointing, or --compile"),
             (flags.ckpt, "--ckpt is for --mode pseudo and eval; to start a backbone from weights use --init"),
             (c["init"] not in ("random", "imagenet") and not os.path.isfile(backbones.split_source(c["init"])[1]),
-             f"--init {c['init']} is not a file; give random, imagenet or a file of weights"),
+             f"--init {c['init']} is not a file, nor a folder with a usable step_*.pt file; give random, imagenet, a file of "
+             "weights, or a stage's folder such as runs/x/student"),
             (not 0 < flags.labeled <= 1, f"--labeled {flags.labeled} is not a fraction; give a number above 0 and up to 1"),
             (c["threshold"] != "auto" and not is_score(c["threshold"]),
              f"--threshold {c['threshold']} is neither auto nor a number from 0 to below 1"),
@@ -225,8 +237,8 @@ def settings(flags, ranks):
 
 
 def check_data(name, task):
-    if name not in ("shapes", {"det": "coco", "seg": "voc"}[task]):
-        raise UserError(f"--data {name} is not for --task {task}; use shapes or {'coco' if task == 'det' else 'voc'}")
+    if name not in ("shapes", FILES[task]):
+        raise UserError(f"--data {name} is not for --task {task}; use shapes or {FILES[task]}")
 
 
 def is_score(text):

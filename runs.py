@@ -69,14 +69,19 @@ def checkpoints(folder):
 
 
 def load_latest(folder):
-    """The newest checkpoint that can be read, or None; damaged ones are named and skipped."""
+    """The newest checkpoint that can be read, or None."""
+    return newest(folder)[1]
+
+
+def newest(folder):
+    """The same with its path, or (None, None); damaged ones are named and skipped."""
     for path in reversed(checkpoints(folder)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # truncated zip, bad crc, missing record: torch raises many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
             print(f"warning: {path} is damaged ({reason}); falling back to the one before it", file=sys.stderr)
-    return None
+    return None, None
 
 
 def load_checkpoint(folder):

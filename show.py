@@ -32,6 +32,11 @@ HUMAN, PSEUDO, OTHER = "#1f6fb4", "#d9660d", "#5b6470"  # the same in sheets and
 CLASS_COLOURS = ["#e6194b", "#ffe119", "#4363d8", "#3cb44b", "#f032e6", "#42d4f4", "#f58231", "#bfef45", "#911eb4",
                  "#fabed4", "#469990", "#9a6324", "#dcbeff", "#800000", "#aaffc3", "#000075"]  # class k: k modulo 16
 COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
+SCORES = {  # by a metric that tells: columns, what they are, scores class by class
+    "mIoU": (["mIoU", "accuracy"], "IoU of pixels, its mean over classes, and the share of pixels that are right,", "IoU"),
+    "balanced": (["accuracy", "balanced"], "Share of images whose likeliest class is right, its mean over classes, and of each "
+                 "class (the first 20),", "per_class"),
+    "AP": (COLUMNS, "COCO metrics", "")}
 CURVES = [  # title, y label, [(name, colour, opacity, what of the log is added up)]
     ("loss: single steps (pale), running average", "classes + boxes", [
         ("", HUMAN, .35, ["cls", "box"]), ("", PSEUDO, .35, ["cls_pseudo", "box_pseudo"]),
@@ -118,7 +123,8 @@ def batch_sheet(batch, class_names, path):
             target["mask"] = batch["masks"][i].numpy()
         name, colour = [("human", HUMAN), ("pseudo", PSEUDO)][int(batch["part"][i])]
         tiles.append((Image.fromarray(batch["images"][i].permute(1, 2, 0).contiguous().numpy()), target,
-                      f"{name}, image {int(batch['image_id'][i])}", colour))
+                      f"{name}, " + (str(class_names[int(batch["image_class"][i])]) if "image_class" in batch else
+                                     f"image {int(batch['image_id'][i])}"), colour))
     save_sheet(path, tiles, class_names)
 
 
@@ -232,17 +238,17 @@ def results_html(results):
     def cells(values, form):  # NaN: no object of that size in the data set
         return ["-" if math.isnan(v) else format(v, form) for v in values]
 
-    masks = "mIoU" in next(iter(results.values()))
-    columns = ["mIoU", "accuracy", *next(iter(results.values()))["IoU"]] if masks else COLUMNS
-    values = {name: {**r, **{k: math.nan if v is None else v for k, v in r.get("IoU", {}).items()}}
+    first = next(iter(results.values()))
+    columns, text, classes = next(row for key, row in SCORES.items() if key in first)
+    columns = columns + [k for k in list(first.get(classes, ()))[:20]]
+    values = {name: {**{k: math.nan if v is None else v for k, v in r.get(classes, {}).items()}, **r}
               for name, r in results.items()}
     scores = {name: np.array([math.nan if r[m] < 0 else r[m] for m in columns]) for name, r in values.items()}
     rows = [[name, *cells(scores[name], ".3f"), f"{r['seconds']:.0f}"] for name, r in results.items()]
     for name in [name for name in results if name.startswith("student")]:
         for other in [o for o in ("teacher", name.replace("student", "control")) if o in results]:
             rows.append([f"{name} − {other}", *cells(scores[name] - scores[other], "+.3f"), ""])
-    text = ("IoU of pixels, its mean over classes, and the share of pixels that are right," if masks else "COCO metrics") + (
-        " on the validation set, 0 to 1, of one seed: how much they vary from seed to seed is unknown. ")
+    text += " on the validation set, 0 to 1, of one seed: how much they vary from seed to seed is unknown. "
     if any(name.startswith("control") for name in results):
         text += ("The control trains on from the student's start for as many steps and images per step, on human labels"
                  " only: student − control, not student − teacher, speaks for or against the pseudo-labels.")
@@ -269,7 +275,7 @@ def audit_html(folder, sheet_path, labelled):
     out = [f"<h2>Pseudo-labels: {html.escape(folder.name)}</h2>"]
     result = stored(folder / "stage.json").get("result")
     if result and "kept" in result:
-        return out[0] + masks_html(folder, sheet_path, result)
+        return out[0] + (masks_html if "with_pixels" in result else classes_html)(folder, sheet_path, result)
     pseudo = data.load_coco(folder / "pseudo.json", result["root"]) if result else ()
     n, threshold = (max(result["images"], 1), result["threshold"]) if result else (1, 0)
     scores, kept, faint = np.zeros(20, dtype=np.int64), Counter(), {}
@@ -277,7 +283,7 @@ def audit_html(folder, sheet_path, labelled):
     shown = {int(pseudo.ids[k]) - 1: k for k in shown}  # the ids are positions in the list of images, plus 1
     try:
         for row in (row for row in data.read_parts(folder) if "bad" not in row):
-            if "pixels" in row:  # masks, of an unfinished stage
+            if "scores" not in row:  # masks or classes, of an unfinished stage
                 kept[0] += 1
                 continue
             scores += np.histogram(row["scores"], bins=20, range=(0, 1))[0]
@@ -317,12 +323,15 @@ def audit_html(folder, sheet_path, labelled):
             tiles.append((data.read_image(path, target["size"]), target, path.name, OTHER))
         except data.BadImage:  # moved or damaged since
             continue
+    return "".join(out) + sheet_html(sheet_path, tiles, pseudo.class_names, f"{len(tiles)} of the {len(pseudo)} images that keep "
+                                     "a box, evenly spread. Thin and grey: boxes under the threshold, down to half of it.")
+
+
+def sheet_html(path, tiles, class_names, text):
     if not tiles:
-        return "".join(out) + note("No contact sheet: there is no image to show, or it is no longer where it was.")
-    save_sheet(sheet_path, tiles, pseudo.class_names)
-    return "".join(out) + picture(sheet_path, "pseudo-labelled images") + note(
-        f"{len(tiles)} of the {len(pseudo)} images that keep a box, evenly spread. Thin and grey: boxes under the "
-        "threshold, down to half of it.")
+        return note("No contact sheet: there is no image to show, or it is no longer where it was.")
+    save_sheet(path, tiles, class_names)
+    return picture(path, "pseudo-labelled images") + note(text)
 
 
 def masks_html(folder, sheet_path, result):
@@ -341,11 +350,24 @@ def masks_html(folder, sheet_path, result):
             continue
         bare = {key: v for key, v in target.items() if key != "mask"}
         tiles += [(image, bare, Path(pseudo.path(k)).name, OTHER), (image, target, "pseudo-label", PSEUDO)]
-    if not tiles:
-        return "".join(out) + note("No contact sheet: there is no image to show, or it is no longer where it was.")
-    save_sheet(sheet_path, tiles, names)
-    return "".join(out) + picture(sheet_path, "pseudo-labelled images") + note(
-        f"{len(tiles) // 2} of the {len(pseudo)} images that keep some pixels, evenly spread. White: ignored.")
+    return "".join(out) + sheet_html(sheet_path, tiles, names, f"{len(tiles) // 2} of the {len(pseudo)} images that keep some "
+                                     "pixels, evenly spread. White: ignored.")
+
+
+def classes_html(folder, sheet_path, result):
+    """What the teacher has labelled, image by image."""
+    out = [f"<p>Threshold {result['threshold']:.2f} keeps {result['kept']} of {result['images']} images; {result['bad']} are "
+           "unusable.</p>", table(["class", "images", "share"], [[k, n, f"{n / result['kept']:.1%}"] for k, n in
+                                                                 result["per_class"].items()])]
+    rows, tiles = data.read_json(folder / "pseudo.json", "list of pseudo-labels", ["images"])["images"], []
+    for k in np.unique(np.linspace(0, len(rows) - 1, 20).astype(int)).tolist():
+        try:
+            image, text = data.read_image(rows[k]["file"]), f"{rows[k]['label']} {rows[k]['score']:.2f}"
+            tiles.append((image, data.nothing(k), text, PSEUDO))
+        except data.BadImage:  # moved or damaged since
+            continue
+    return "".join(out) + sheet_html(sheet_path, tiles, [], f"{len(tiles)} of the {len(rows)} images that are kept, evenly "
+                                     "spread, with the probability of their class.")
 
 
 def report(run):
@@ -362,7 +384,7 @@ def report(run):
             f'<details><summary>Settings</summary><div class="columns">{settings}</div></details>',
             results_html({stage: r for stage, r in results.items() if r and "seconds" in r}), "<h2>Training</h2>"]
     body += [training_html(k, log[k], run / k / "first_batch.png") for k in log] or [note("Nothing was logged yet.")]
-    labelled = labelled_counts(run, config) if folders and config.get("task") != "seg" else {}
+    labelled = labelled_counts(run, config) if folders and config.get("task", "det") == "det" else {}
     for folder in folders:
         sheet = run / ("pseudo_sheet.png" if folder == run else f"{folder.name}_sheet.png")
         body.append(audit_html(folder, sheet, labelled))

@@ -2,18 +2,18 @@
 Pre-training and Self-training").
 
     python st.py                                                    the embedded world, a few minutes on two cores
-    python st.py --task seg                                         the same for segmentation
+    python st.py --task seg                                         the same for segmentation (cls: classification)
     torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
     python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
     python st.py --mode pseudo --ckpt retinanet_resnet50_fpn_coco-eeacb38b.pth ...    with torchvision's COCO detector
     python st.py --mode eval   --ckpt runs/x/student --data coco --root COCO          score a checkpoint
 
 1. train a teacher on the labelled images          -> OUT/teacher/
-2. keep its confident answers on unlabelled images -> OUT/pseudo/pseudo.json (COCO with scores; for segmentation, masks)
+2. keep its confident answers on unlabelled images -> OUT/pseudo/pseudo.json (COCO with scores; masks; classes)
 3. train a student on both, with the joint loss    -> OUT/student/
 and score both on the validation set               -> OUT/results.json, OUT/report.html
-Running the same command again resumes where it stopped, bit for bit on CPU. What differs between the two tasks is in detect.py
-and segment.py, function by function.
+Running the same command again resumes where it stopped, bit for bit on CPU. What differs between the tasks is in detect.py,
+segment.py and classify.py, function by function.
 """
 import contextlib
 import hashlib
@@ -31,6 +31,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
+import classify
 import data
 import detect
 import eval as evaluation
@@ -47,7 +48,7 @@ from recipes import HELP, Config
 from util import UserError
 
 
-TASKS = {"det": detect, "seg": segment}
+TASKS = {"det": detect, "seg": segment, "cls": classify}
 
 
 # ---- the algorithm -----------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def stage_seed(seed, stage):
 def train(folder, net, parts, counts, steps, c, run, log):
     """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
 
-    parts: [human] or [human, pseudo], data.Detections or voc.Masks; counts: images of each in a step, over all processes.
+    parts: [human] or [human, pseudo], of task.load; counts: images of each in a step, over all processes.
     """
     (rank, ranks, device, dtype), task = run, TASKS[c["task"]]
     prepare, losses = task.criterion(c, device)
@@ -304,7 +305,7 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
 def labelled_by(folder, teacher, c, paths, held, labelled, deps, run, log):
     """The pseudo-label stage: teacher's answers on `paths` into folder/pseudo.json -> {"asked", "threshold", "images", ...}.
 
-    held, labelled: see detect.label. deps leave the threshold of boxes out, since choosing another one costs no new detection.
+    held, labelled: see detect.label. deps leave the threshold out, but for masks: choosing another one costs no new prediction.
     """
     result = util.rank0_first(lambda: runs.stage(folder, deps))
     if result and result["asked"] == c["threshold"]:
@@ -345,7 +346,7 @@ def main(argv=None):
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
         runs.write_json(out / "split.json", split)
     log.say(f"{out}: {len(human)} labelled images to train on, {len(held)} held out, {len(paths)} unlabelled, {len(val)} "
-            f"for validation; classes {', '.join(train_set.class_names)}")
+            f"for validation; classes {', '.join(train_set.class_names[:100])}")
     for found in (train_set, val):
         for reason, n in found.dropped.items():
             log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
@@ -394,7 +395,8 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
 
 
 def label_deps(c, source, run):
-    """What pseudo-labels depend on. A mask holds its threshold and scales; boxes are stored with scores, under any threshold."""
+    """What pseudo-labels depend on. A mask holds its threshold and scales; boxes and classes are stored with scores, under
+    any threshold."""
     masks = {"threshold": float(c["threshold"]), "flip": c["flip"], "scales": segment.SCALES} if c["task"] == "seg" else {}
     return {**source, "image_size": c["image_size"], "precision": str(run[3]), **masks}
 
@@ -454,7 +456,7 @@ def use_checkpoint(flags, run):
         log.say(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val.annotation_file}\n"
                 + json.dumps(metrics, indent=1))
         return
-    out, threshold = Path(flags.out), flags.threshold or "0.5"  # the paper's (recalled)
+    out, threshold = Path(flags.out), flags.threshold or ("0.3" if c["task"] == "cls" else "0.5")  # the papers' (recalled)
     if not flags.unlabeled:
         raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
     if not recipes.is_score(threshold):

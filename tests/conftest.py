@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,31 @@ def records(run, stage):
     """The log lines of a stage by step."""
     lines = [json.loads(line) for line in open(run / "log.jsonl")]
     return {line["step"]: line for line in lines if line["stage"] == stage}
+
+
+KILLER = '''
+import os, signal, sys
+import torch
+sys.path.insert(0, {root!r})
+import st, util, world
+left = {count}
+def counted(f):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            print("killed in", f.__name__, file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*args, **kwargs)
+    return call
+{place} = counted({place})
+util.run(st.main)
+'''
+
+
+def killed(folder, place, count, *args):
+    """st.py, killed at its count-th call of the function `place`; the script for that is written to `folder`."""
+    (folder / "killer.py").write_text(KILLER.format(root=str(ROOT), place=place, count=count))
+    ended = subprocess.run([sys.executable, str(folder / "killer.py"), *map(str, args)], capture_output=True, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == -signal.SIGKILL, ended.stderr

@@ -1,10 +1,8 @@
 """Segmentation: the arithmetic against references, the masks' files, and the same promises of the pipeline as for detection."""
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -27,7 +25,7 @@ import show
 import st
 import voc
 import world
-from conftest import ROOT, records, start
+from conftest import ROOT, killed, records, start
 from util import UserError
 
 TINY = ["--task", "seg", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--norm", "gn",
@@ -389,34 +387,11 @@ def test_threshold_ignores_what_the_teacher_is_not_sure_of(finished, squares, tm
     assert 0 < np.mean(kept) < 1
 
 
-KILLER = '''
-import os, signal, sys
-import torch
-sys.path.insert(0, {root!r})
-import st, util, world
-left = {count}
-def counted(f):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            print("killed in", f.__name__, file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return f(*args, **kwargs)
-    return call
-{place} = counted({place})
-util.run(st.main)
-'''
-
-
 def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(squares, finished, tmp_path):
     args = [*TINY, "--root", str(squares), "--out", str(tmp_path / "run"), "--workers", "1", "--control"]
     for place, count in (("torch.optim.AdamW.step", 6), ("os.replace", 4), ("world.save_mask", 3), ("world.save_mask", 5),
                          ("torch.optim.AdamW.step", 7)):
-        (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT), place=place, count=count))
-        ended = subprocess.run([sys.executable, str(tmp_path / "killer.py"), *args], capture_output=True, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        killed(tmp_path, place, count, *args)
     done = start(*args)
     assert done.returncode == 0, done.stderr
     for stage in ("teacher", "student", "control"):
