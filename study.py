@@ -1,0 +1,530 @@
+"""Do the findings of Zoph et al. 2020, "Rethinking Pre-training and Self-training", hold? Its tables, as grids of st.py runs.
+
+    python study.py table3 --seeds 3                        labels x initialisation x self-training on the embedded world
+    python study.py table2 --seeds 3 --task seg --only S1   the others: table4 table7 pascal alpha threshold student-init regime
+    python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
+    python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet --seeds 3 -- --image-size 256 --steps 1200
+    python study.py findings                                verdicts on the findings from the results of the studies
+
+A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
+pseudo-labels) or student. Cells share runs, runs share finished stages, and the same command resumes where it stopped:
+runs in OUT/RUN/seedN with their run.log, tables in results/NAME.json, .md and .svg. Flags after -- go to every run of st.py.
+SimCLR's cells take weights (--init simclr=simclr:FILE): nothing here trains them yet.
+"""
+import argparse
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import recipes
+import runs
+import tables
+import util
+import world
+from util import UserError
+
+PROGRAM = [sys.executable, str(Path(__file__).with_name("st.py"))]
+POLL = 0.2  # seconds between looks at the runs
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
+METRIC = {"det": "AP", "seg": "mIoU"}
+# A cosine schedule spends its last fifth at under a tenth of the peak lr. What still gains a hundredth there was cut short, and a
+# comparison of such cells says who is faster, not who is better.
+RISING = 0.01
+
+# ---- what is run -------------------------------------------------------------------------------------------------
+
+# Frozen before any study was run: the flags of every run, by world and task (cls is the pre-training).
+SETTINGS = {
+    ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",
+    ("shapes", "seg"): "--steps 2000 --student-steps 700 --eval-every 100",
+    ("shapes", "cls"): "--steps 2000 --student-steps 700 --eval-every 100",
+    ("coco", "det"): "--recipe coco-b7 --eval-every 6000",
+    ("voc", "seg"): "--recipe pascal-b7 --eval-every 2000",
+    "yours": "--eval-every 200",
+}
+# Where weights come from if --init does not name a file: our own pre-training on the world's single objects, with the same seed.
+# pre is the paper's ImageNet init; pre++ its ImageNet++ (Noisy Student): self-training for classification.
+PRETRAINING = {"pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {pool} --student-init same")}
+
+
+def trio(name, flags, supervised=(), student=()):
+    """The three stages of a run as rows; the paper has no control."""
+    return {name: ("teacher", flags, supervised), f"{name}, longer": ("control", flags, ()),
+            f"{name}, self-trained": ("student", flags, student)}
+
+
+def gains(*names):
+    return [(f"{name}, self-trained", other) for name in names for other in (f"{name}, longer", name)]
+
+
+ST = "{pool} --control"
+FRACTIONS = {"20%": "--labeled 0.2 --aug s4", "50%": "--labeled 0.5 --aug s4", "100%": "--labeled 1 --aug s4"}
+JOINT = ("joint", "joint + self-trained")
+# title; columns {name: flags}; rows {name: (stage, flags, the paper's numbers)}; compare [(a, b)]: a - b, of rows or of columns.
+# {words} depend on the world, see words(). The paper's numbers are COCO AP (Tables 2, 3, 4, 7) and PASCAL mIoU (6, 8, 13 of v1).
+STUDIES = {
+    "table2": dict(
+        title="Augmentation x method with all labels (Table 2)",
+        columns={f"S{k}": f"--labeled 1 --aug s{k}" for k in (1, 2, 3, 4)},
+        rows={**trio("random", ST, (39.2, 41.5, 43.9, 44.3), (40.9, 43.0, 45.4, 45.6)),
+              "pre-trained": ("teacher", "--mode train --init {pre}", (39.5, 40.7, 43.2, 43.3))},
+        compare=[*gains("random"), ("pre-trained", "random")]),
+    "table3": dict(
+        title="Labels x initialisation x self-training (Table 3)", columns=FRACTIONS,
+        rows={**trio("random", ST, (30.7, 39.6, 44.3), (34.1, 41.4, 45.6)),
+              **trio("pre-trained", ST + " --init {pre}", (33.3, 38.8, 43.3), (36.0, 40.5, 44.6)),
+              **trio("pre-trained++", ST + " --init {pre++}", (35.9, 39.9, 43.8), (37.2, 41.5, 44.6))},
+        compare=[*gains("random", "pre-trained", "pre-trained++"), ("pre-trained", "random"), ("pre-trained++", "random")]),
+    "table4": dict(
+        title="Self-supervised pre-training, all labels (Table 4; a ResNet there)", columns={"100%": FRACTIONS["100%"]},
+        rows={**trio("random", ST, (41.1,), (41.9,)), "pre-trained": ("teacher", "--mode train --init {pre}", (40.4,)),
+              "SimCLR": ("teacher", "--mode train --init {simclr}", (40.4,))},
+        compare=[*gains("random"), ("pre-trained", "random"), ("SimCLR", "random")]),
+    "table7": dict(
+        title="Joint training and self-training, 20% of the labels (Table 7)", columns={"20%": FRACTIONS["20%"]},
+        rows={**trio("random", ST, (30.7,), (34.1,)), "random, joint": ("teacher", "{pool} {joint}", (33.6,)),
+              "random, joint + self-trained": ("student", "{pool} {joint}", (35.1,)),
+              **trio("pre-trained", ST + " --init {pre}", (33.3,), (36.0,)),
+              "pre-trained, joint": ("teacher", "{pool} {joint} --init {pre}", (34.0,)),
+              "pre-trained, joint + self-trained": ("student", "{pool} {joint} --init {pre}", (36.6,))},
+        compare=[*gains("random", "pre-trained"), ("pre-trained", "random"),
+                 *((f"{i}, joint", i) for i in ("random", "pre-trained")),
+                 *((f"{i}, joint + self-trained", f"{i}, {other}") for i in ("random", "pre-trained")
+                   for other in ("self-trained", "joint"))]),
+    "pascal": dict(  # the `aug` images: PASCAL's further ones with coarser labels; in other worlds the 80% not labelled
+        title="What to do with the aug images, and others to learn from (Tables 6, 8 and 13)",
+        columns={"S1": "--aug s1 --init {pre++}", "S4": "--aug s4 --init {pre++}"},
+        rows={**trio("train", "{few} {rest} --control", (83.9, 85.2), (85.6, 86.7)),
+              "train + aug labels": ("teacher", "{all} --mode train", (84.7, 84.8)),
+              "self-trained on single objects": ("student", "{few} {single}", (85.0, 86.0)),
+              "self-trained on other scenes": ("student", "{few} {pool}", (85.3, 86.6))},
+        compare=[*gains("train"), ("train + aug labels", "train"), ("self-trained on single objects", "train, longer"),
+                 ("self-trained on other scenes", "train, longer")]),
+    "alpha": dict(
+        title="Weight of the pseudo-labels and loss normalisation, 20% of the labels (appendix B)",
+        columns={a: FRACTIONS["20%"] + f" --alpha {a}" for a in ("0.25", "0.5", "1", "2", "4")},
+        rows={"longer": ("control", ST, ()), "self-trained": ("student", ST, ()),
+              "self-trained, not normalised": ("student", ST + " --loss-norm off", ())},
+        compare=[("self-trained", "longer"), ("self-trained", "self-trained, not normalised")]),
+    "threshold": dict(
+        title="Threshold of the pseudo-labels, 20% of the labels",
+        columns={"the recipe's": FRACTIONS["20%"],
+                 **{t: FRACTIONS["20%"] + f" --threshold {t}" for t in ("0.3", "0.5", "0.7", "0.9")}},
+        rows=trio("random", ST), compare=gains("random")),
+    "student-init": dict(
+        title="Where the student starts, 20% of the labels",
+        columns={"from its teacher": FRACTIONS["20%"], "as its teacher": FRACTIONS["20%"] + " --student-init same"},
+        rows=trio("random", ST), compare=[*gains("random"), ("from its teacher", "as its teacher")]),
+    "regime": dict(
+        title="Do labels limit supervised training?", columns=FRACTIONS,
+        rows={"random": ("teacher", "--mode train", (30.7, 39.6, 44.3))}, compare=[("100%", "50%"), ("50%", "20%")]),
+    "yours": dict(
+        title="Pre-training and self-training on your data", columns={"your data": "--labeled {labeled}"},
+        rows={**trio("random", ST), **trio("pre-trained", ST + " --init {pre}")},
+        compare=[*gains("random", "pre-trained"), ("pre-trained", "random"),
+                 ("pre-trained, self-trained", "random, self-trained")]),
+}
+
+
+# ---- from a table to runs ----------------------------------------------------------------------------------------
+
+def words(o):
+    """What the {words} of the tables mean with options o. What is missing here leaves its cells empty."""
+    given = dict(("pre=" + text if not re.match(r"(pre|pre\+\+|simclr)=", text) else text).split("=", 1) for text in o.init)
+    w = {"few": "--labeled 0.2", "all": "--labeled 1", "rest": "", "labeled": o.labeled}
+    if o.world == "voc":
+        w.update(few="--labeled 1", rest="--unlabeled aug", all="--labeled 1 --train-list trainaug", pool="--unlabeled aug")
+    if o.name == "yours":
+        w.update(pool="")
+    elif o.world == "shapes":
+        w.update(pool=f"--unlabeled {shlex.quote(o.root + '/unlabeled')}", joint="--joint shapes",
+                 single=f"--unlabeled {shlex.quote(o.root + '/single/train')}")
+    if o.unlabeled:
+        w.update(pool="--unlabeled " + shlex.quote(o.unlabeled))
+    if o.joint:
+        w.update(joint="--joint " + shlex.quote(o.joint), single="--unlabeled " + shlex.quote(o.joint))
+    return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
+
+
+def parse(text, row):
+    """'--aug s4 --control' -> {"aug": "s4", "control": True}; later flags count, and of those that studies vary, what the
+    recipe's row or st.py does anyway is left out, so that the same run has one name."""
+    flags, name = {}, None
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags[name] = value or True
+        else:
+            flags[name] = word
+    usual = {"alpha": "1", "student_init": "teacher", "threshold": row.get("threshold")}
+    return {k: flags[k] for k in sorted(flags) if flags[k] != usual.get(k)}
+
+
+def run_name(start, flags, frozen):
+    """A folder's name: what is not frozen, to read, and a hash of all flags, to be sure."""
+    shown = [k + ("" if v is True else "-" + (v[1:].split("_")[0] if v[0] == "@" else Path(v).name))
+             for k, v in flags.items() if frozen.get(k) != v]
+    return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest(flags)[:8]
+
+
+def lacking(flags):
+    """Why st.py cannot run this, or None."""
+    fields = {f.name for f in dataclasses.fields(recipes.Config)}
+    if missing := [k for k in flags if k not in fields] or [flags["task"]] * (flags["task"] not in recipes.TASKS):
+        return f"st.py does not know {' '.join(missing)} yet"
+
+
+def plan(study, o):
+    """-> cells: [{"row", "column", "stage", "paper", "run" or "empty": why}]; runs: {name: flags}, what others start from first.
+
+    flags: {flag of st.py without dashes: text or True}; "@NAME/STAGE" is that stage of another run, with the same seed.
+    """
+    word, cells, found = words(o), [], {}
+
+    def add(text, task, data, start):
+        frozen = SETTINGS[o.name if o.name == "yours" else (data, task)]
+        common = f"--task {task} --data {data} --root {shlex.quote(o.root)} {frozen}"
+        if task == o.task:
+            common += f" {'--recipe ' + o.recipe if o.recipe else ''} {shlex.join(o.flags)}"
+        row = recipes.RECIPES.get(parse(common, {}).get("recipe") or recipes.TASKS.get(task), {})
+        flags = parse(f"{common} {text}", row)
+        if reason := lacking(flags):
+            raise LookupError(reason)
+        name = run_name(start, flags, parse(common, row))
+        found[name] = flags
+        return name
+
+    def fill(text):
+        for name in re.findall(r"{(.*?)}", text):
+            if name not in word and name in PRETRAINING and o.world == "shapes":
+                stage, flags = PRETRAINING[name]
+                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{stage}"
+            if name not in word:
+                how = {"pool": "--unlabeled", "joint": "--joint", "single": "--joint", "labeled": "--labeled"}
+                raise LookupError(f"needs {how.get(name, f'weights: --init {name}=FILE')}")
+            text = text.replace("{" + name + "}", word[name])
+        return text
+    for row, (stage, flags, numbers) in study["rows"].items():
+        for k, (column, more) in enumerate(study["columns"].items()):
+            cell = {"row": row, "column": column, "stage": stage, "paper": numbers[k] if numbers else None}
+            try:
+                cell["run"] = add(fill(f"{flags} {more}"), o.task, o.world, f"{o.task}-{o.world}")
+            except LookupError as error:
+                cell["empty"] = str(error)
+            cells.append(cell)
+    return cells, found
+
+
+# ---- running -----------------------------------------------------------------------------------------------------
+
+# Which flags the stages of st.py do not depend on (st.pipeline has the other side of this). Boxes are stored with their scores,
+# so that another threshold relabels nothing; masks are not.
+LATER = ("mode", "control", "alpha", "student_init", "student_steps", "loss_norm", "rounds")
+FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip"), "pseudo": LATER,
+        "control": ("alpha", "loss_norm", "unlabeled", "threshold", "flip")}
+
+
+def stage_key(flags, stage):
+    """Runs that agree in this have that stage in common, for the same seed."""
+    free = FREE[stage] + ("threshold",) * (stage == "pseudo" and flags["task"] == "det")
+    kept = {k: v for k, v in flags.items() if k not in free}
+    row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]), {})
+    return runs.digest([kept, (flags.get("threshold") or row.get("threshold")) == "auto"])  # auto holds labelled images out
+
+
+def link(source, target):
+    """Checkpoints and masks are never written in place, so two runs may share them; lists are appended to."""
+    try:
+        if source.endswith((".jsonl", ".txt")):
+            raise OSError
+        os.link(source, target)
+    except OSError:  # or the file system has no links
+        shutil.copy2(source, target)
+
+
+def adopt(out, folder, flags):
+    """Gives a new run the stages that another has finished and it would only repeat: st.py checks what they depend on."""
+    for stage in FREE:
+        for note in sorted(out.glob(f"*/{folder.name}/run.json")) if not (folder / stage).exists() else ():
+            theirs = tables.read_json(note)
+            if theirs and stage_key(theirs["flags"], stage) == stage_key(flags, stage) \
+                    and "result" in (tables.read_json(note.parent / stage / "stage.json") or {}):
+                with tempfile.TemporaryDirectory(prefix=".adopt-", dir=folder) as work:
+                    try:
+                        os.rename(shutil.copytree(note.parent / stage, Path(work) / stage, copy_function=link), folder / stage)
+                    except OSError:  # another study was faster
+                        pass
+                break
+
+
+def launch(out, name, seed, flags, slot, jobs):
+    """Starts a run of st.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute()."""
+    folder = out / name / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    gpus = torch.cuda.device_count()
+    runs.write_json(folder / "run.json", {
+        "flags": flags, "versions": f"Python {sys.version.split()[0]}, {packages}",
+        "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}"})
+    adopt(out, folder, flags)
+    texts = []
+    for k, v in flags.items():
+        source, _, stage = v[1:].rpartition("/") if v is not True and v[0] == "@" else ("", "", "")
+        texts += ["--" + k.replace("_", "-")] + ([] if v is True else [str(out / source / folder.name / stage) if source else v])
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    with open(folder / "run.log", "a") as log:
+        return subprocess.Popen([*PROGRAM, *texts, "--seed", str(seed), "--out", str(folder)], stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+
+def taken(folder):
+    """Whether another study's run has this directory, see runs.claim()."""
+    try:
+        with open(folder / ".lock", "r+") as lock:  # closing it lets go at once
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def last_line(path):
+    """Of a log, progress lines that overwrite each other included."""
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - 4096))
+        lines = [line for line in re.split(r"[\r\n]+", f.read().decode(errors="replace")) if line.strip()]
+    return lines[-1].strip() if lines else "nothing printed"
+
+
+def execute(out, found, seeds, jobs):
+    """Runs every run of `found` for every seed, `jobs` at a time -> {(name, seed): why it failed or was skipped}.
+
+    A run waits for those it starts from, and for an earlier one with the same teacher, whose stages it then adopts.
+    """
+    todo = [(name, seed) for seed in range(seeds) for name in found]
+    first, began, bad, running, slots, elsewhere = {}, time.time(), {}, {}, list(range(jobs)), set()
+    for name, seed in todo:
+        first.setdefault((stage_key(found[name], "teacher"), seed), name)
+    total, done, stop = len(todo), 0, []
+    print(f"{total} runs of st.py, {jobs} side by side, in {out}", flush=True)
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def say(run, text):
+        spent, left = time.time() - began, len(todo) + len(running)
+        eta = f", about {clock(spent / done * left)} to go" if done and left else ""
+        print(f"[{total - left}/{total} {clock(spent)}{eta}] {run[0]}/seed{run[1]}: {text}", flush=True)
+
+    def finished(run):
+        return (out / run[0] / f"seed{run[1]}" / "results.json").exists()
+
+    while (todo or running) and not stop:
+        for run, (process, slot) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[run]
+            slots.append(slot)
+            line = last_line(out / run[0] / f"seed{run[1]}" / "run.log")
+            if process.returncode == 0 and finished(run):
+                done += 1
+                say(run, "finished")
+            elif "is in use by another process" in line:  # another study started it at the same moment
+                todo.append(run)
+            else:
+                bad[run] = f"failed ({process.returncode}): {line}"
+                say(run, bad[run])
+        for run in list(todo):
+            name, seed = run
+            sources = [(v[1:].rpartition("/")[0], seed) for v in found[name].values() if v is not True and v[0] == "@"]
+            sooner = (first[stage_key(found[name], "teacher"), seed], seed)
+            if finished(run):
+                todo.remove(run)
+            elif lost := [s for s in sources if s in bad]:
+                todo.remove(run)
+                bad[run] = f"skipped: {lost[0][0]} failed"
+                say(run, bad[run])
+            elif slots and all(map(finished, sources)) and (sooner == run or sooner not in todo and sooner not in running):
+                if not taken(out / name / f"seed{seed}"):
+                    todo.remove(run)
+                    running[run] = launch(out, name, seed, found[name], slot := slots.pop(0), jobs), slot
+                    say(run, "started")
+                elif run not in elsewhere:  # its result will do
+                    elsewhere.add(run)
+                    say(run, "being done elsewhere")
+        time.sleep(POLL if running or todo else 0)
+    for process, _ in running.values():
+        process.terminate()
+    for process, _ in running.values():
+        process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        print(f"stopped after {clock(time.time() - began)}: {len(running)} runs told to save and end; the same command resumes")
+        raise SystemExit(128 + stop[0])
+    return bad
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+# ---- from runs to a table ----------------------------------------------------------------------------------------
+
+def read_cell(out, cell, task, seeds):
+    """The cell with its numbers in percent: "seeds", "values", "mean", "sd" (n - 1), "n", "steps", "rising" (None: unknown)."""
+    stages = {}
+    for seed in range(seeds):
+        results = tables.read_json(out / cell.get("run", "") / f"seed{seed}" / "results.json") if "run" in cell else None
+        if results and cell["stage"] in results:
+            stages[seed] = results[cell["stage"]]
+    values = [round(100 * r[METRIC[task]], 4) for r in stages.values()]
+    curves = [r["curve"] for r in stages.values() if len(r.get("curve") or ()) > 1]
+    if not values:
+        cell = {**cell, "empty": cell.get("empty", "not run")}
+    return {**cell, "seeds": list(stages), "values": values, "n": len(values),
+            "mean": round(statistics.fmean(values), 4) if values else None,
+            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+            "steps": curves[0][-1][0] if curves else None,
+            "rising": bool(statistics.fmean(map(tables.rise, curves)) > RISING) if curves else None}
+
+
+def differences(study, cells):
+    """The differences that the study asks for, paired by seed: [{"what", "plus", "minus", ...interval()}]."""
+    found = []
+    for a, b in study["compare"]:
+        by_row = a in study["rows"]
+        for other in study["columns"] if by_row else study["rows"]:
+            plus, minus = ((a, other), (b, other)) if by_row else ((other, a), (other, b))
+            if values := tables.contrast(cells, [plus], [minus]):
+                found.append({"what": f"{a} - {b}", "at": other, **tables.interval(values)})
+    return found
+
+
+def spent(out, found, seeds):
+    """Hours of training and evaluation in all stages of the runs, each adopted stage once; machines and versions."""
+    seconds, notes = {}, []
+    for name in found:
+        for seed in range(seeds):
+            folder = out / name / f"seed{seed}"
+            results, note = tables.read_json(folder / "results.json"), tables.read_json(folder / "run.json")
+            for stage, r in (results or {}).items():
+                if isinstance(r, dict) and "seconds" in r:
+                    seconds[r.get("weights") or f"{folder}/{stage}"] = r["seconds"]
+            notes += [note] * bool(results and note)
+    return round(sum(seconds.values()) / 3600, 2), *(sorted({n[k] for n in notes}) for k in ("machine", "versions"))
+
+
+def without_folders(text):
+    """The same without absolute folders: results say nothing about the machine's disk."""
+    return re.sub(r"(?<![\w.~*])[/~](?:[^/\s]*/)*", "", text)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+def arguments(argv):
+    own, _, passed = "\0".join(argv).partition("\0--\0")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("name", choices=[*STUDIES, "findings"], metavar="NAME", help=", ".join([*STUDIES, "findings"]))
+    add("--seeds", type=int, default=3, help="runs of each cell, with seeds 0, 1, ... [3]")
+    add("--task", choices=METRIC, help="detection or segmentation [det; seg for voc]")
+    add("--world", "--data", choices=("shapes", "coco", "voc"), default="shapes", help="data, as st.py's --data [shapes]")
+    add("--root", default=recipes.Config.root, help="its folder, as st.py's --root")
+    add("--unlabeled", default="", help="images for pseudo-labels, as st.py's --unlabeled")
+    add("--labeled", default="0.2", help="yours: fraction of the labels to use [0.2]")
+    add("--joint", default="", help="folder of labelled single objects (ImageNet) for joint training")
+    add("--init", nargs="+", default=[], metavar="[NAME=]WEIGHTS", help="for pre (where no name is given), pre++ and "
+        "simclr, as st.py's --init; the embedded world's pre and pre++ are trained here otherwise")
+    add("--recipe", help="row of recipes.py for every run")
+    add("--only", nargs="+", default=[], metavar="TEXT", help="start only the runs of these rows and columns; several of either")
+    add("--jobs", type=int, default=0, help="runs side by side [one per GPU, or per core]")
+    add("--out", default="runs/study", help="folder of the runs [runs/study]")
+    add("--results", default="results", help="folder of the tables [results]")
+    o = parser.parse_args(own.split("\0") if own else [])
+    o.task, o.flags = o.task or ("seg" if o.world == "voc" else "det"), passed.split("\0") if passed else []
+    o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
+    o.results, o.out = Path(o.results), Path(o.out)
+    study = STUDIES.get(o.name, {"rows": {}, "columns": {}})
+    for wrong, line in (
+            (o.seeds < 1 or o.jobs < 1, f"--seeds {o.seeds} and --jobs {o.jobs} must be 1 or more"),
+            (o.recipe and o.recipe not in recipes.RECIPES,
+             f"--recipe {o.recipe} does not exist; there are {', '.join(recipes.RECIPES)}"),
+            (o.name == "yours" and o.world == "shapes", "yours is for your own images: give --data coco or voc and --root DIR"),
+            (o.name == "yours" and not o.init, "yours needs --init: imagenet, or a file of weights to start from"),
+            (set(o.only) - {*study["rows"], *study["columns"]},
+             f"--only {' '.join(o.only)}: {o.name} has only {'; '.join([*study['rows'], *study['columns']])}")):
+        if wrong:
+            raise UserError(line)
+    recipes.check_data(o.world, o.task)
+    return o
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    o = arguments(argv)
+    o.results.mkdir(parents=True, exist_ok=True)
+    target = o.results / f"{o.name}.json"
+    if o.name == "findings":
+        text = tables.findings(o.results)
+        runs.write_atomic(target.with_suffix(".md"), lambda p: p.write_text(text))
+        return print(text)
+    if (old := tables.read_json(target)) and (old["world"], old["task"]) != (o.world, o.task):
+        raise UserError(f"{target} is of {old['world']}, {old['task']}; give another --results for {o.world}, {o.task}")
+    study = STUDIES[o.name]
+    cells, found = plan(study, o)
+    rows, columns = (set(o.only) & set(study[k]) or set(study[k]) for k in ("rows", "columns"))
+    chosen = [c["run"] for c in cells if "run" in c and c["row"] in rows and c["column"] in columns]
+    sources = [v[1:].rpartition("/")[0] for name in chosen for v in found[name].values() if v is not True and v[0] == "@"]
+    started = {name: flags for name, flags in found.items() if name in chosen or name in sources}
+    for part in ("unlabeled", "single"):  # drawn once, before several runs look for it
+        if any(v is not True and v.startswith(f"{o.root}/{part}") for flags in started.values() for v in flags.values()):
+            world.build(o.root, part)
+    wall, began = o.out / f"{o.name}.wall.json", time.time()
+    before = [name for name in started for s in range(o.seeds) if not (o.out / name / f"seed{s}/results.json").exists()]
+    try:
+        bad = execute(o.out, started, o.seeds, o.jobs)
+    finally:
+        if before and o.out.exists():
+            runs.write_json(wall, (tables.read_json(wall) or 0) + time.time() - began)
+    cells = [read_cell(o.out, c, o.task, o.seeds) for c in cells]
+    hours, machines, versions = spent(o.out, found, o.seeds)
+    results = {
+        "study": o.name, "title": study["title"], "world": o.world, "task": o.task, "metric": METRIC[o.task], "seeds": o.seeds,
+        "command": without_folders(shlex.join(["python", "study.py", *argv])), "machines": machines, "versions": versions,
+        "hours": {"runs": hours, "wall": round((tables.read_json(wall) or 0) / 3600, 2)},
+        "rows": list(study["rows"]), "columns": list(study["columns"]),
+        "runs": {name: without_folders(" ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+                                                for k, v in flags.items())) for name, flags in found.items()},
+        "cells": cells, "differences": differences(study, cells)}
+    if o.name == "yours":
+        results["verdict"] = tables.helped(results)
+    runs.write_json(target, results)
+    for suffix, text in ((".md", tables.markdown(results)), (".svg", tables.svg(results))):
+        runs.write_atomic(target.with_suffix(suffix), lambda p: p.write_text(text))
+    print(tables.markdown(results), f"written: {target}, .md and .svg", sep="\n")
+    if bad:
+        raise UserError(f"{len(bad)} of {len(started) * o.seeds} runs failed or were skipped, see above and their run.log in "
+                        f"{o.out}; the same command tries them again")
+
+
+if __name__ == "__main__":
+    util.run(main)

@@ -1,0 +1,365 @@
+"""Studies: what is shared runs once, a killed study ends with the same files, and the arithmetic of tables and verdicts.
+Most tests put a stub in place of st.py: a few lines with the same flags, stages and results.json."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import xml.dom.minidom
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import recipes
+import study
+import tables
+import util
+import world
+from conftest import ROOT
+
+PENDING = {"eval_every", "joint", "loss_norm"} - set(recipes.Config.__dataclass_fields__)  # flags that st.py is about to get
+
+STUB = '''
+import fcntl, hashlib, json, os, sys, time
+from pathlib import Path
+args = sys.argv[1:]
+out = Path(args[args.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+lock = open(out / ".lock", "w")
+try:
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(f"error: {out} is in use by another process; wait for it")
+def note(*what):
+    with open(os.environ["NOTES"], "a") as f:
+        f.write(" ".join(map(str, what)) + "\\n")
+note("started", out, " ".join(args))
+if os.environ.get("FAIL", "no such flag") in " ".join(args):
+    sys.exit("progress 1\\rprogress 2\\nerror: the disk of this test is full")
+if "--init" in args:
+    assert (Path(args[args.index("--init") + 1]) / "stage.json").exists()
+results, seed = {}, int(args[args.index("--seed") + 1])
+stages = ["teacher"] + ["pseudo", "student"] * ("train" not in args) + ["control"] * ("--control" in args)
+for stage in stages:
+    path = out / stage / "stage.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        number = int(hashlib.sha256(f"{out.parent.name} {stage}".encode()).hexdigest()[:4], 16) % 100 / 1000 + 0.01 * seed
+        result = {"AP": number, "mIoU": number, "seconds": 36.0, "weights": f"{out} {stage}",
+                  "curve": [[80, number - 0.02 * (stage == "student")], [100, number]]}
+        path.with_suffix(".tmp").write_text(json.dumps({"deps": {}, "result": result}))
+        note("computed", out, stage)
+        os.replace(path.with_suffix(".tmp"), path)
+    results[stage] = json.loads(path.read_text())["result"]
+(out / "results.tmp").write_text(json.dumps(results))
+os.replace(out / "results.tmp", out / "results.json")
+'''
+LAUNCH = '''
+import sys
+sys.path.insert(0, {root!r})
+import study, util
+study.PROGRAM, study.POLL, study.lacking = [sys.executable, {stub!r}], 0.02, lambda flags: None
+study.world.build = lambda *_: None
+util.run(study.main)
+'''
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Calls study.main with the stub as st.py, results in tmp_path/results -> what the stub noted, as lists of words."""
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "launch.py").write_text(LAUNCH.format(root=str(ROOT), stub=str(tmp_path / "stub.py")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.setattr(study, "PROGRAM", [sys.executable, str(tmp_path / "stub.py")])
+    monkeypatch.setattr(study, "POLL", 0.01)
+    monkeypatch.setattr(study, "lacking", lambda flags: None)
+    monkeypatch.setattr(study.world, "build", lambda *_: None)
+
+    def call(*args):
+        study.main([*map(str, args), "--jobs", "2"])
+        return notes(tmp_path)
+    return call
+
+
+def notes(tmp_path):
+    return [line.split() for line in (tmp_path / "notes").read_text().splitlines()] if (tmp_path / "notes").exists() else []
+
+
+def computed(lines):
+    """How often each stage of each run was computed, from end to end."""
+    return Counter((w[1], w[2]) for w in lines if w[0] == "computed")
+
+
+def files(folder, name):
+    return {suffix: (folder / f"{name}{suffix}").read_text() for suffix in (".json", ".md", ".svg")}
+
+
+# ---- running -----------------------------------------------------------------------------------------------------
+
+def test_what_studies_share_is_computed_once(stub, tmp_path):
+    stub("table2", "--seeds", 2)
+    lines = stub("table3", "--seeds", 2, "--only", "random", "random, self-trained")
+    done = json.loads((tmp_path / "results/table3.json").read_text())
+    first = {(c["row"], c["column"]): c for c in json.loads((tmp_path / "results/table2.json").read_text())["cells"]}
+    third = {(c["row"], c["column"]): c for c in done["cells"]}
+    assert third["random", "100%"]["run"] == first["random", "S4"]["run"]
+    assert third["random, self-trained", "100%"]["values"] == first["random, self-trained", "S4"]["values"]
+    starts = Counter(w[1] for w in lines if w[0] == "started")
+    assert set(starts.values()) == {1} and len(starts) == 2 * (9 + 2)  # 4 + 4 + pre; 20% and 50%
+    lines = stub("regime", "--seeds", 2)  # supervised runs take over the teachers that are there
+    assert set(computed(lines).values()) == {1} and not any("mode-train" in run and "aug-s4" in run and "init" not in run
+                                                            for run, _ in computed(lines))
+    table, regime = (json.loads((tmp_path / f"results/{n}.json").read_text()) for n in ("table3", "regime"))
+    assert [c["values"] for c in regime["cells"]] == [c["values"] for c in table["cells"][:3]] and regime["cells"][0]["n"] == 2
+
+
+def test_alpha_shares_teacher_pseudo_labels_and_control(stub, tmp_path):
+    did = computed(stub("alpha", "--seeds", 1))
+    assert Counter(stage for _, stage in did) == {"teacher": 1, "pseudo": 1, "control": 1, "student": 10}
+    did = computed(stub("threshold", "--task", "seg", "--results", "seg"))  # masks hold their threshold
+    masks = Counter(stage for run, stage in did if "seg-" in run and "seed0" in run)
+    assert masks == {"teacher": 1, "control": 1, "pseudo": 4, "student": 4}
+    did = computed(stub("threshold", "--seeds", 1))  # auto holds labels out: another teacher than for a number
+    boxes = Counter(stage for run, stage in did if "det-" in run and "threshold" in run)
+    assert boxes == {"teacher": 1, "control": 1, "pseudo": 1, "student": 4}
+
+
+def test_pre_training_comes_first_and_with_the_same_seed(stub):
+    lines = stub("table4", "--seeds", 2)
+    order = [w[1] for w in lines if w[0] == "started"]
+    for w in lines:
+        if "--init" in w:
+            start = w[w.index("--init") + 1]
+            assert start.rsplit("/", 1)[0] in order[:order.index(w[1])] and w[1].rsplit("/", 1)[1] in start
+    assert sum("--init" in w for w in lines) == 2
+
+
+def test_failures_are_named_and_everything_else_is_carried_on(stub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAIL", "--task cls")
+    with pytest.raises(util.UserError, match=r"2 of \d+ runs failed or were skipped"):
+        stub("table4", "--seeds", 1)
+    said = capsys.readouterr().out
+    assert "failed (1): error: the disk of this test is full" in said and "skipped: pre_" in said
+    cells = {c["row"]: c for c in json.loads((tmp_path / "results/table4.json").read_text())["cells"]}
+    assert cells["random, self-trained"]["n"] == 1 and cells["pre-trained"]["n"] == 0
+    assert cells["SimCLR"]["empty"] == "needs weights: --init simclr=FILE" and cells["pre-trained"]["empty"] == "not run"
+    monkeypatch.delenv("FAIL")
+    stub("table4", "--seeds", 1)  # the same command tries again
+    assert json.loads((tmp_path / "results/table4.json").read_text())["cells"][3]["n"] == 1
+
+
+def test_killed_at_any_moment_and_run_again_the_files_are_the_same(stub, tmp_path):
+    stub("table4", "--seeds", 2, "--out", "whole", "--results", "results")
+    whole = files(tmp_path / "results", "table4")
+    (tmp_path / "notes").unlink()
+    args = [sys.executable, str(tmp_path / "launch.py"), "table4", "--seeds", "2", "--out", "killed", "--results", "again",
+            "--jobs", "2"]
+    rng, left = random.Random(0), 3
+    while left:
+        before = len(notes(tmp_path))
+        process = subprocess.Popen(args, start_new_session=True, env={**os.environ, "SLOW": "0.3"}, stdout=subprocess.DEVNULL)
+        while len(notes(tmp_path)) == before and process.poll() is None:  # not in the imports
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left -= 1
+    assert 0 < len(computed(notes(tmp_path))) < 14  # some way on, and not at the end
+    assert subprocess.run(args, capture_output=True).returncode == 0
+    assert max(computed(notes(tmp_path)).values()) <= 2  # 2: killed between its note and its file
+    assert len(computed(notes(tmp_path))) == 14
+    again = files(tmp_path / "again", "table4")
+    same = {".json": lambda t: t.replace("--out killed --results again", "--out whole --results results"), ".svg": str,
+            ".md": lambda t: t.replace("--out killed --results again", "--out whole --results results")}
+    assert {k: same[k](t) for k, t in again.items()} == whole
+    count = len(notes(tmp_path))
+    assert subprocess.run(args, capture_output=True).returncode == 0 and len(notes(tmp_path)) == count  # nothing runs again
+    assert files(tmp_path / "again", "table4") == again
+
+
+def test_sigterm_reaches_the_runs_and_the_line_says_how_to_go_on(stub, tmp_path):
+    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), "regime", "--jobs", "2"], text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "SLOW": "60"})
+    while not any(w[0] == "started" for w in notes(tmp_path)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)  # long before a stub would end by itself
+    assert process.returncode == 143 and "the same command resumes" in said
+    assert not any(study.taken(tmp_path / w[1]) for w in notes(tmp_path))  # no run is left behind
+
+
+def test_two_studies_on_the_same_folder_share_the_work(stub, tmp_path):
+    args = [sys.executable, str(tmp_path / "launch.py"), "table4", "--seeds", "2", "--jobs", "2"]
+    both = [subprocess.Popen([*args, "--results", name], env={**os.environ, "SLOW": "0.3"}, text=True, stdout=subprocess.PIPE)
+            for name in ("one", "two")]
+    said = "".join(p.communicate()[0] for p in both)
+    assert [p.returncode for p in both] == [0, 0] and "being done elsewhere" in said
+    assert set(computed(notes(tmp_path)).values()) == {1}
+    one, two = (json.loads((tmp_path / name / "table4.json").read_text()) for name in ("one", "two"))
+    assert one["cells"] == two["cells"] and all(c["n"] == 2 for c in one["cells"] if c["row"] != "SimCLR")
+
+
+def test_results_do_not_name_the_machines_folders(stub, tmp_path):
+    stub("table4", "--seeds", 1, "--root", tmp_path / "shapes", "--out", tmp_path / "runs", "--results", tmp_path / "results",
+         "--init", f"pre++={tmp_path}/x.pth", f"simclr=simclr:{tmp_path}/s.pth")
+    assert not any(str(tmp_path) in text for text in files(tmp_path / "results", "table4").values())
+
+
+def test_results_of_another_task_are_not_overwritten(stub):
+    stub("regime", "--seeds", 1)
+    with pytest.raises(util.UserError, match="is of shapes, det; give another --results"):
+        stub("regime", "--seeds", 1, "--task", "seg")
+
+
+def test_yours_ends_in_a_sentence(stub, tmp_path, capsys):
+    stub("yours", "--data", "coco", "--root", "DIR", "--init", "imagenet", "--", "--steps", "12")
+    command = next(w for w in notes(tmp_path) if w[0] == "started")
+    assert command[command.index("--steps") + 1] == "12" and "--labeled 0.2" in " ".join(command)
+    said = capsys.readouterr().out
+    assert "What helped here" in said or "Nothing was shown to help here" in said
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.parametrize("world_, task", [("shapes", "det"), ("shapes", "seg"), ("coco", "det"), ("voc", "seg")])
+def test_st_accepts_the_flags_of_every_study(name, world_, task, monkeypatch):
+    if name == "yours" and world_ == "shapes":
+        return
+    monkeypatch.setattr(study, "lacking", lambda flags: None)
+    o = study.arguments([name, "--world", world_, "--task", task, "--root", "a folder", "--unlabeled", "others", "--joint", "single",
+                         "--init", "imagenet", "pre++=imagenet", "simclr=imagenet"])
+    cells, found = study.plan(study.STUDIES[name], o)
+    assert found and all("run" in c for c in cells)
+    for flags in found.values():
+        argv = [w for k, v in flags.items() if k not in PENDING
+                for w in ["--" + k.replace("_", "-")] + ([] if v is True else [v])]
+        parsed = util.parse_flags(recipes.Config, "", recipes.HELP, argv)
+        assert recipes.settings(parsed, 1)["aug"] in ("s1", "s2", "s3", "s4") and parsed.root == "a folder"
+
+
+def test_a_cell_that_cannot_be_run_says_what_it_needs():
+    assert study.lacking({"task": "det", "aug": "s1"}) is None
+    assert study.lacking({"task": "det", "nonsense": "1"}) == "st.py does not know nonsense yet"
+    cells, _ = study.plan(study.STUDIES["table7"], study.arguments(["table7", "--world", "coco", "--root", "x"]))
+    assert {c["empty"] for c in cells} >= {"needs --unlabeled"} and not any("run" in c for c in cells)
+
+
+@pytest.mark.parametrize("args, line", [
+    (["yours"], "give --data coco or voc"), (["yours", "--data", "coco"], "needs --init"),
+    (["table2", "--only", "S9"], "table2 has only random; "), (["table2", "--recipe", "x"], "--recipe x does not exist"),
+    (["table2", "--seeds", "0"], "must be 1 or more"), (["table2", "--world", "voc", "--task", "det"], "not for --task det")])
+def test_wrong_arguments_end_in_one_line(args, line):
+    with pytest.raises(util.UserError, match=line):
+        study.arguments(args)
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("df", [1, 2, 3, 5, 9, 10, 14, 30, 200])
+def test_t_quantiles_leave_a_fortieth_above(df):
+    """Student's density is integrated numerically, in x = tan(angle)."""
+    angle = np.linspace(0, math.atan(tables.t_quantile(df)), 20001)
+    x = np.tan(angle)
+    density = (1 + x ** 2 / df) ** (-(df + 1) / 2) * (1 + x ** 2)
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    assert 0.5 + constant * np.trapezoid(density, angle) == pytest.approx(0.975, abs=2e-5)
+
+
+def test_intervals():
+    d = tables.interval([1.0, 2.0, 3.0])
+    assert (d["mean"], d["n"]) == (2.0, 3) and d["high"] == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    assert d["low"] == pytest.approx(4 - d["high"]) and tables.interval([1.0])["low"] is None
+
+
+def cell(row, column, values, seeds=None, rising=False):
+    return {"row": row, "column": column, "values": values, "seeds": list(range(len(values))) if seeds is None else seeds,
+            "rising": rising}
+
+
+def test_differences_are_paired_by_seed():
+    cells = [cell("a", "x", [10.0, 20.0, 30.0]), cell("b", "x", [29.0, 8.5], seeds=[2, 0]), cell("a", "y", [1.0]),
+             cell("b", "y", []), cell("a", "z", [4.0, 1.0])]
+    assert tables.contrast(cells, [("a", "x")], [("b", "x")]) == [1.5, 1.0]  # seeds 0 and 2
+    assert tables.contrast(cells, [("a", "y")], [("b", "y")]) == [] == tables.contrast(cells, [("c", "x")], [("a", "x")])
+    assert tables.contrast(cells, [("a", "*")]) == [9.0]  # only seed 0 is in every column
+    found = study.differences({"rows": {"a": 0, "b": 0}, "columns": {"x": 0, "y": 0, "z": 0}, "compare": [("a", "b"), ("x", "z")]}, cells)
+    assert [(d["what"], d["at"], d["values"]) for d in found] == [("a - b", "x", [1.5, 1.0]), ("x - z", "a", [6.0, 19.0])]
+
+
+def test_still_rising_is_a_gain_of_a_point_in_the_last_fifth(tmp_path):
+    assert tables.rise([[50, 0.1], [100, 0.6]]) == pytest.approx(0.2)  # 80 lies between
+    for gain, rising in ((0.012, True), (0.008, False)):
+        (tmp_path / "r/seed0").mkdir(parents=True, exist_ok=True)
+        stage = {"AP": 0.3, "curve": [[40, 0.0], [80, 0.3 - gain], [100, 0.3]]}
+        (tmp_path / "r/seed0/results.json").write_text(json.dumps({"teacher": stage}))
+        found = study.read_cell(tmp_path, {"row": "a", "column": "b", "stage": "teacher", "run": "r"}, "det", 2)
+        assert found["rising"] is rising and found["steps"] == 100 and found["values"] == [30.0] and found["sd"] is None
+
+
+def test_pictures_are_well_formed_and_escape_names(stub, tmp_path):
+    stub("table4", "--seeds", 1)
+    r = json.loads((tmp_path / "results/table4.json").read_text())
+    shown = sum(c["n"] > 0 for c in r["cells"])
+    assert shown == 4 and len(xml.dom.minidom.parseString(tables.svg(r)).getElementsByTagName("circle")) == shown + len(r["rows"])
+    assert "still rising" in tables.markdown(r) and "paper 41.1" in tables.markdown(r)
+    r = {**r, "title": "a < b & c", "cells": [{**c, "n": 0} for c in r["cells"]]}
+    xml.dom.minidom.parseString(tables.svg(r))  # nor does a table without numbers fail
+
+
+# ---- findings ----------------------------------------------------------------------------------------------------
+
+def test_verdicts_follow_the_intervals(tmp_path):
+    def write(name, cells):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"world": "shapes", "task": "det", "metric": "AP", "seeds": 3, "cells": cells}))
+
+    def verdicts():
+        lines = [line.split("|") for line in tables.findings(tmp_path).splitlines() if line.startswith("| (")]
+        return {w[1].split()[0].strip("()"): w[2].strip(" *") for w in lines}
+    assert verdicts() == dict.fromkeys("0abcdef", "not run")
+    regime = [cell("random", c, [v, v + 0.1, v - 0.1]) for c, v in (("20%", 10), ("50%", 20), ("100%", 30))]
+    write("regime", regime)
+    write("table3", [cell(r, c, [v, v + 1, v + 2]) for c in ("20%", "50%", "100%")
+                     for r, v in (("random", 10), ("random, longer", 12), ("random, self-trained", 11))])
+    write("alpha", [cell("self-trained", a, [10.0 + k, 10.1, 10.0]) for k, a in enumerate("124")]
+          + [cell("self-trained, not normalised", a, [10.0 + 5 * k, 10.1 + 3 * k, 10 + 4 * k]) for k, a in enumerate("124")])
+    assert verdicts() == {"0": "holds", "a": "does not hold", "b": "not run", "c": "not run", "d": "not run", "e": "not run",
+                          "f": "holds"}
+    write("regime", [{**c, "rising": c["column"] == "100%"} for c in regime])
+    assert verdicts()["0"] == "unclear" and "still rising: random 100%" in tables.findings(tmp_path)
+    write("regime", [{**c, "values": c["values"][:2], "seeds": [0, 1]} for c in regime])
+    assert verdicts()["0"] == "unclear"  # two seeds
+
+
+def test_findings_name_only_cells_that_the_studies_have():
+    for _, contrasts in tables.FINDINGS.values():
+        for name, plus, minus in contrasts:
+            assert all(row in study.STUDIES[name]["rows"] and column in {*study.STUDIES[name]["columns"], "*"}
+                       for row, column in [*plus, *minus])
+
+
+# ---- the real thing ----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_study_of_the_real_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SETTINGS", {("voc", "seg"): "" if "eval_every" in PENDING else "--eval-every 2"})
+    root = world.build(tmp_path, "seg", {"train": 10, "val": 2})
+    study.main(["student-init", "--world", "voc", "--root", str(root), "--unlabeled", str(root / "JPEGImages"), "--seeds", "1",
+                "--recipe", "seg-tiny", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
+                "--", "--image-size", "64", "--batch", "4", "--steps", "4", "--student-steps", "4", "--threshold", "0.01"])
+    r = json.loads((tmp_path / "results/student-init.json").read_text())
+    values = {(c["row"], c["column"]): c["values"] for c in r["cells"]}
+    assert all(len(v) == 1 and 0 <= v[0] <= 100 for v in values.values()) and len(values) == 6
+    assert values["random", "from its teacher"] == values["random", "as its teacher"]
+    base, other = (tmp_path / "out" / name / "seed0" for name in r["runs"])
+    assert "finished before" in (other / "run.log").read_text() and "finished before" not in (base / "run.log").read_text()
+    for path in ("teacher/step_00000004.pt", "pseudo/pseudo.json"):
+        assert (base / path).stat().st_ino == (other / path).stat().st_ino
+    assert "eval_every" in PENDING or {c["steps"] for c in r["cells"]} == {4}
