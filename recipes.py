@@ -63,13 +63,13 @@ RECIPES = {
                      optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05,
                      clip=10.0, threshold="0.5", aug="s4", student_aug="s4", neck="fpn", levels=(2, 5), width=64, depth=1,
                      stride=1, momentum=0.1),
+    "pascal-b7": dict(PASCAL, backbone="tf_efficientnet_b7", lr=0.08, steps=40_000, student_steps=40_000),
+    "pascal-l2": dict(PASCAL, backbone="tf_efficientnet_l2", lr=0.2, steps=20_000, student_steps=20_000, student_batch=128,
+                      warmup_from=0.001 / 0.2),
     # ours: flip and crop for the teacher, and for the student noise (Noisy Student; its threshold, 0.3, is recalled).
     "cls-tiny": dict(task="cls", backbone="resnet10", image_size=96, batch=32, ref_batch=32, steps=1500, student_steps=1500,
                      optimizer="adamw", lr=3e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0,
                      threshold="0.3", aug="s1", student_aug="s4", momentum=0.1),
-    "pascal-b7": dict(PASCAL, backbone="tf_efficientnet_b7", lr=0.08, steps=40_000, student_steps=40_000),
-    "pascal-l2": dict(PASCAL, backbone="tf_efficientnet_l2", lr=0.2, steps=20_000, student_steps=20_000, student_batch=128,
-                      warmup_from=0.001 / 0.2),
 }
 TASKS = {"det": "tiny", "seg": "seg-tiny", "cls": "cls-tiny"}  # and the recipe of each when none is named
 CLASSES = {"det": 80, "seg": 21, "cls": 1000}  # of COCO, PASCAL and ImageNet, for --dry-run
@@ -92,6 +92,7 @@ class Config:
     recipe: str = None
     aug: str = None
     alpha: float = 1.0
+    loss_norm: str = "on"
     threshold: str = None
     student_init: str = "teacher"
     rounds: int = 1
@@ -114,6 +115,7 @@ class Config:
     device: str = "auto"
     workers: int = -1
     save_every: int = 0
+    eval_every: int = 0
     dry_run: bool = False
 
 
@@ -141,6 +143,7 @@ HELP = {
                   "cls-tiny, which take minutes on a CPU",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
+        "loss_norm": "{on|off} off: the plain sum of both losses instead of the paper's normalised one, for comparison",
         "threshold": "score from which a box becomes a pseudo-label; auto: best F1 on a held-out tenth of the labels; seg, "
                      "cls: the probability from which a pixel or image does",
         "student_init": "{teacher|same} student starts from the teacher's weights, or as the teacher did",
@@ -171,6 +174,7 @@ HELP = {
         "device": "{auto|cpu|cuda} auto: the GPU if there is one",
         "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
         "save_every": "steps between checkpoints (0: a tenth of the stage)",
+        "eval_every": "steps between scores on the validation set during training (0: only at its end)",
         "dry_run": "print the effective settings, parameters, steps and memory, and exit"},
 }
 
@@ -184,8 +188,8 @@ def settings(flags, ranks):
     if c["task"] != flags.task:
         raise UserError(f"--recipe {recipe} is for --task {c['task']}; add that")
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
-    c.update({k: getattr(flags, k) for k in ("alpha", "init", "norm", "seed", "accumulate", "gradient_checkpointing", "compile",
-                                             "workers", "save_every", "flip")})
+    c.update({k: getattr(flags, k) for k in ("alpha", "loss_norm", "init", "norm", "seed", "accumulate", "gradient_checkpointing",
+                                             "compile", "workers", "save_every", "eval_every", "flip")})
     check_data(flags.data, flags.task)
     c["student_aug"] = flags.aug or c["student_aug"]
     if flags.student_steps is None and flags.steps is not None:

@@ -69,18 +69,19 @@ def stage_seed(seed, stage):
     return seed if stage == "teacher" else int(runs.digest([seed, stage]), 16) % 2 ** 31
 
 
-def train(folder, net, parts, counts, steps, c, run, log):
+def train(folder, net, parts, counts, steps, c, val, run, log):
     """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
 
-    parts: [human] or [human, pseudo], of task.load; counts: images of each in a step, over all processes.
+    parts: [human] or [human, pseudo], of task.load; counts: images of each in a step, over all processes. -> scores on val on
+    the way, every c["eval_every"] steps but the last: [[step, metric], ...].
     """
     (rank, ranks, device, dtype), task = run, TASKS[c["task"]]
     prepare, losses = task.criterion(c, device)
-    optimizer, averages, start = make_optimizer(net, c), torch.zeros(3).double(), 0
+    optimizer, averages, start, curve = make_optimizer(net, c), torch.zeros(3).double(), 0, []
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        averages, start = state["averages"], state["step"]
+        averages, start, curve = state["averages"], state["step"], state["curve"]
     ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
     forward = compiled(ddp, device) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
@@ -103,7 +104,7 @@ def train(folder, net, parts, counts, steps, c, run, log):
                     outputs = forward(evaluation.normalise(batch["images"][rows], device))
                 each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
                 human, pseudo = each[part == 0].sum(), each[part == 1].sum()
-                loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"])
+                loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"], c["loss_norm"] == "on")
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
             per_image.append(each.detach())
             objective += loss.detach()
@@ -128,18 +129,22 @@ def train(folder, net, parts, counts, steps, c, run, log):
         if len(parts) == 1 or sum(human) and sum(pseudo):  # a half without a single label says nothing about its usual loss
             averages = ops.update_averages(averages, torch.tensor(sum(human)), torch.tensor(sum(pseudo)))
         meter.step(step + 1, lr, joint, human, pseudo if len(parts) > 1 else [], averages)
+        if c["eval_every"] and (step + 1) % c["eval_every"] == 0 and step + 1 < steps:
+            share_buffers(net, ranks)
+            curve.append([step + 1, task.evaluate(net, c, val, run, log)[task.METRICS[0]]])
+            net.train()
         last = step + 1 == steps or stopping
         if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
             runs.save_checkpoint(folder, {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "step": step + 1,
-                "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
+                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "curve": curve,
+                "step": step + 1, "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
                 "class_ids": parts[0].class_ids, "class_names": parts[0].class_names, **task.about(parts[0])})
         if stopping:
             log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
             raise SystemExit(143)
-    for buffer in net.buffers() if ranks > 1 else ():  # batch-norm averages: those of rank 0 are what is saved
-        torch.distributed.broadcast(buffer, 0)
+    share_buffers(net, ranks)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return curve
 
 
 # ---- what the algorithm is made of -------------------------------------------------------------------------------
@@ -230,6 +235,12 @@ def distribute(net, device, ranks):
     return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def share_buffers(net, ranks):
+    """Batch-norm averages: those of rank 0 are what is saved, and what every process scores."""
+    for buffer in net.buffers() if ranks > 1 else ():
+        torch.distributed.broadcast(buffer, 0)
+
+
 def compiled(net, device):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))  # fails here, not in the middle of the first step
@@ -294,9 +305,11 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
     if ranks > 1 and device.type == "cpu" and c["norm"] == "bn":
         log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
     began = time.time()
-    train(folder, net, parts, counts, steps, c, run, log)
+    curve = train(folder, net, parts, counts, steps, c, val, run, log)
     metrics = task.evaluate(net, c, val, run, log)
-    result = {**metrics, "seconds": round(time.time() - began, 1), "weights": runs.digest_weights(net.state_dict())}
+    curve.append([steps, metrics[task.METRICS[0]]])
+    result = {**metrics, "curve": curve, "seconds": round(time.time() - began, 1),
+              "weights": runs.digest_weights(net.state_dict())}
     log.say(f"{folder}: " + " ".join(f"{m} {result[m]:.3f}" for m in task.METRICS[:2]) + f" on {len(val)} validation images "
             f"({result['seconds']:.0f} s)")
     return util.rank0_first(lambda: runs.finish(folder, deps, result))
@@ -366,8 +379,9 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
-    free = ["workers", "save_every", "steps", "student_steps", "alpha", "threshold", "student_aug", "student_batch", "flip",
-            "gradient_checkpointing"] + ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
+    free = ["workers", "save_every", "eval_every", "steps", "student_steps", "alpha", "loss_norm", "threshold", "student_aug",
+            "student_batch", "flip", "gradient_checkpointing"]
+    free += ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
     if c["init"] not in ("random", "imagenet"):
         simclr, path = backbones.split_source(c["init"])
@@ -385,7 +399,7 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
         after = {**same, "aug": c["student_aug"], "steps": c["student_steps"], "student_init": flags.student_init}
         start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")
         results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c_student, {
-            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"],
+            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"], "loss_norm": c["loss_norm"],
             "images_per_step": [c["student_batch"]] * 2}, val, run, log)
         if flags.control:  # as many steps and images per step, but no pseudo-label ever
             results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start_control, c_student, {
