@@ -77,8 +77,9 @@ def load_folder(root, split, class_names=None):
     if odd := sorted(set(names) ^ set(class_names or names)):
         raise UserError(f"{folder} has other classes than the network is trained on (in only one of them: {', '.join(odd[:5])}); "
                         "give train/ and val/ the same class folders, in val/ empty ones if need be")
-    number = {name: k for k, name in enumerate(names)}
-    files = [f for f in data.images_below(folder) if f.partition("/")[0] in number]
+    number, files = {name: k for k, name in enumerate(names)}, data.images_below(folder)
+    if loose := [f for f in files if "/" not in f]:
+        raise UserError(f"{folder} holds {len(loose)} images outside of its class folders, first {loose[0]}; move them into one")
     labels = np.array([number[f.partition("/")[0]] for f in files], dtype=np.int64)
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty) and (split == "train" or not files):
@@ -118,9 +119,9 @@ def network(c, classes, norm, backbone_norm):
 # ---- loss --------------------------------------------------------------------------------------------------------
 
 def criterion(c, device):
-    """-> prepare(batch) -> (targets {name: (B,)}, counts (2,)), losses(outputs, targets, part, counts) -> (B, 1)."""
+    """-> prepare(batch) -> (targets {name: (B,)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 1)."""
     def prepare(batch):
-        images = torch.zeros(2, device=device).index_add(0, batch["part"], torch.ones(len(batch["part"]), device=device))
+        images = torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], torch.ones(len(batch["part"]), device=device))
         return {"class": batch["image_class"]}, util.all_sum(images)
 
     def losses(logits, targets, part, images):
@@ -128,6 +129,24 @@ def criterion(c, device):
         # Divided by the images of its part of the *whole* step, so that pieces and processes add up to one loss.
         return (each / images[part])[:, None]
     return prepare, losses
+
+
+def joined(prepare, losses):
+    """prepare and losses of another task for joint training: part 2 of a batch is classified, its loss a column of its own.
+    The last layer's size, the weight of this loss and the make-up of a step are unknown of the paper's."""
+    def prepare_all(batch):
+        targets, counts = prepare(batch)  # images of part 2 have neither boxes nor labelled pixels
+        images = util.all_sum((batch["part"] == 2).sum().float())
+        return {**targets, "class": batch["image_class"]}, torch.cat([counts[:2], images[None]])
+
+    def losses_all(outputs, targets, part, counts):  # -> (B, terms + 1)
+        (found, logits), classified = outputs, part == 2
+        others = losses(found, {k: v[~classified] for k, v in targets.items() if k != "class"}, part[~classified], counts)
+        each = others.new_zeros(len(part), others.shape[1] + 1)
+        each[~classified, :-1] = others
+        each[classified, -1] = F.cross_entropy(logits.float(), targets["class"][classified], reduction="none") / counts[2]
+        return each
+    return prepare_all, losses_all
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------

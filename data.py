@@ -8,8 +8,8 @@ The target dict, everywhere in this project (numpy up to collate, torch after it
     image_id, size (h, w)                                    N = 0 is an ordinary image
 
 Command line:
-    python data.py check  train.json [--images DIR] [--strict]     what is wrong with an annotation file, or a folder's images
-    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json     (or VOC's .txt list, or a class folders' folder)
+    python data.py check  train.json [--images DIR] [--strict]     what is wrong with an annotation file, or images of a folder
+    python data.py split  train.json --fraction 0.2 --seed 0 --out split.json     (or a .txt list of VOC, or a folder of classes)
     python data.py export DIR                                      the embedded world as COCO files and folders
 """
 import argparse
@@ -226,9 +226,13 @@ def read_image(path, size=None):
 
 
 def images_below(folder):
-    """Paths of the image files in a folder and those below it, relative to it, sorted."""
-    return sorted(f"{os.path.relpath(d, folder)}/{f}" for d, _, files in os.walk(folder, followlinks=True) for f in files
-                  if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
+    """Paths of the image files in a folder and those below it, relative to it, sorted; hidden ones are passed over."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:], below = [f for f in folders if f[0] != "."], os.path.relpath(place, folder)
+        found += [f if below == "." else f"{below}/{f}" for f in files
+                  if f[0] != "." and os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(found)
 
 
 def list_images(source):
@@ -340,8 +344,11 @@ def nothing(image_id):
             "crowd": np.zeros(0, bool), "image_id": image_id}
 
 
+PARTS = ["human", "pseudo", "joint"]  # of a step: labelled by people, by a teacher; for joint training, with a class each
+
+
 class TrainImages(torch.utils.data.Dataset):
-    """parts: list of Detections, voc.Masks or classify.Images, human labels first. Keys are (part, step, slot, index): the
+    """parts: Detections, voc.Masks or classify.Images in the order of PARTS. Keys are (part, step, slot, index): the
     augmentation's random numbers come from (seed, part, step, slot), whatever process or worker draws the image."""
 
     def __init__(self, parts, policy, size, seed):
@@ -403,9 +410,10 @@ def collate(samples):
              "labels": torch.from_numpy(labels), "part": torch.tensor(parts),
              "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": reasons}
     if "mask" in targets[0]:
-        batch["masks"] = torch.from_numpy(np.stack([t["mask"] for t in targets]))  # (B, S, S) uint8
-    if "image_class" in targets[0]:
-        batch["image_class"] = torch.tensor([t["image_class"] for t in targets])  # (B,)
+        nowhere = np.full(pixels.shape[1:3], augment.IGNORE, np.uint8)
+        batch["masks"] = torch.from_numpy(np.stack([t.get("mask", nowhere) for t in targets]))  # (B, S, S) uint8
+    if "image_class" in targets[-1]:
+        batch["image_class"] = torch.tensor([t.get("image_class", -1) for t in targets])  # (B,)
     if "scale" in targets[0]:
         batch["scale"] = torch.tensor([t["scale"] for t in targets])
         batch["original"] = torch.tensor([t["original"] for t in targets])  # (B, 2) h, w

@@ -97,6 +97,7 @@ class Config:
     student_init: str = "teacher"
     rounds: int = 1
     control: bool = False
+    joint: str = ""
     flip: bool = False
     backbone: str = None
     init: str = "random"
@@ -150,6 +151,8 @@ HELP = {
         "rounds": "repetitions of teacher <- student",
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
                    "steps and images per step",
+        "joint": "joint training: every step also classifies as many images of this set, shapes (the embedded world's single objects) "
+                 "or a folder with train/CLASS/*.jpg, on the same backbone",
         "flip": "seg: average pseudo-labels over the mirrored image as well"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),
@@ -224,6 +227,9 @@ def settings(flags, ranks):
              "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel or image is labelled"),
             (c["norm"] == "frozen" and c["init"] == "random",
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
+            (flags.joint and (c["task"] == "cls" or c["compile"]),
+             "--joint adds classification to --task det or seg, and its batches cannot be compiled; leave out "
+             + ("--compile" if c["task"] != "cls" else "it")),
             (c["compile"] and c["gradient_checkpointing"],
              "--compile decides by itself what to recompute; leave out --gradient-checkpointing, or --compile"),
             (flags.ckpt, "--ckpt is for --mode pseudo and eval; to start a backbone from weights use --init"),

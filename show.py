@@ -35,7 +35,7 @@ COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
 SCORES = {  # by a metric that tells: columns, what they are, scores class by class
     "mIoU": (["mIoU", "accuracy"], "IoU of pixels, its mean over classes, and the share of pixels that are right,", "IoU"),
     "balanced": (["accuracy", "balanced"], "Share of images whose likeliest class is right, its mean over classes, and of each "
-                 "class (the first 20),", "per_class"),
+                 "class (the first 30),", "per_class"),
     "AP": (COLUMNS, "COCO metrics", "")}
 CURVES = [  # title, y label, [(name, colour, opacity, what of the log is added up)]
     ("loss: single steps (pale), running average", "classes + boxes", [
@@ -240,7 +240,7 @@ def results_html(results):
 
     first = next(iter(results.values()))
     columns, text, classes = next(row for key, row in SCORES.items() if key in first)
-    columns = columns + [k for k in list(first.get(classes, ()))[:20]]
+    columns = columns + list(first.get(classes, ()))[:30]
     values = {name: {**{k: math.nan if v is None else v for k, v in r.get(classes, {}).items()}, **r}
               for name, r in results.items()}
     scores = {name: np.array([math.nan if r[m] < 0 else r[m] for m in columns]) for name, r in values.items()}

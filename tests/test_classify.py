@@ -83,9 +83,10 @@ def answers(folder, paths):
 # ---- files -------------------------------------------------------------------------------------------------------
 
 def test_classes_are_the_folders_sorted_and_images_carry_theirs(copy):
-    Image.new("RGB", (9, 9)).save(copy / "train/loose.jpg")
     (copy / "train/red/notes.txt").write_text("no image")
     (copy / "train/.cache").mkdir()
+    Image.new("RGB", (9, 9)).save(copy / "train/.cache/0.jpg")
+    Image.new("RGB", (9, 9)).save(copy / "train/red/._0.jpg")
     train = classify.load_folder(copy, "train")
     assert train.class_names == ["blue", "green", "red"] and len(train) == 12 and train.labels.tolist() == sorted([0, 1, 2] * 4)
     image, target = train.subset([11, 4]).read(1)
@@ -115,7 +116,8 @@ def test_batches_hold_classes_under_every_policy(colours, policy):
     (lambda root: [f.unlink() for f in (root / "train/green").iterdir()], "train/green holds no image"),
     (lambda root: [f.unlink() for f in root.glob("val/*/*")], "val/blue holds no image"),
     (lambda root: shutil.rmtree(root / "val/red"), r"val has other classes .*red"),
-    (lambda root: (root / "val/violet").mkdir(), r"val has other classes .*violet")])
+    (lambda root: (root / "val/violet").mkdir(), r"val has other classes .*violet"),
+    (lambda root: (root / "val/red/0.jpg").rename(root / "val/0.jpg"), "val holds 1 images outside of")])
 def test_incomplete_folders_are_refused_in_one_line(copy, tmp_path, change, match):
     change(copy)
     with pytest.raises(UserError, match=match) as error:
@@ -238,8 +240,9 @@ def test_labels_that_teach_nothing_are_refused(colours, tmp_path):
 
 def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(colours, finished, tmp_path):
     args = [*TINY, "--root", colours, "--out", tmp_path / "run", "--workers", "1", "--control", "--student-init", "same"]
-    for place, count in (("torch.optim.AdamW.step", 10), ("st.evaluation.normalise", 6)):
+    for place, count in (("torch.optim.AdamW.step", 10), ("st.evaluation.normalise", 7)):
         killed(tmp_path, place, count, *args)
+    assert len((tmp_path / "run/pseudo/part_0_of_1.jsonl").read_text().splitlines()) == 16  # a batch of the 24
     done = start(*args)
     assert done.returncode == 0, done.stderr
     for stage in ("teacher", "student", "control"):
