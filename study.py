@@ -398,9 +398,8 @@ def read_cell(out, cell, task, seeds):
             stages[seed] = results[cell["stage"]]
     values = [round(100 * r[METRIC[task]], 4) for r in stages.values()]
     curves = [r["curve"] for r in stages.values() if len(r.get("curve") or ()) > 1]
-    if not values:
-        cell = {**cell, "empty": cell.get("empty", "not run")}
-    return {**cell, "seeds": list(stages), "values": values, "n": len(values),
+    why = {} if values else {"empty": cell.get("empty", "not run")}
+    return {**{k: v for k, v in cell.items() if k != "empty"}, **why, "seeds": list(stages), "values": values, "n": len(values),
             "mean": round(statistics.fmean(values), 4) if values else None,
             "sd": round(statistics.stdev(values), 4) if len(values) > 1 else None,
             "steps": curves[0][-1][0] if curves else None,
@@ -505,7 +504,8 @@ def main(argv=None):
     finally:
         if before and o.out.exists():
             runs.write_json(wall, (tables.read_json(wall) or 0) + time.time() - began)
-    cells = [read_cell(o.out, c, o.task, o.seeds) for c in cells]
+    lost = {name for name, _ in bad}
+    cells = [read_cell(o.out, {**c, "empty": "failed"} if c.get("run") in lost else c, o.task, o.seeds) for c in cells]
     hours, machines, versions = spent(o.out, found, o.seeds)
     results = {
         "study": o.name, "title": study["title"], "world": o.world, "task": o.task, "metric": METRIC[o.task], "seeds": o.seeds,

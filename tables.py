@@ -75,8 +75,8 @@ def markdown(r):
         ours = (f"{c['mean']:.1f}" + (f" ± {c['sd']:.1f}" if c["n"] > 1 else "") + f" ({c['n']})") if c["n"] else ""
         return ", ".join(filter(None, [ours, "still rising" * bool(c["rising"]), f"paper {c['paper']}" if c["paper"] else ""]))
     lines = [f"# {r['title']}", "",
-             f"{r['metric']} in percent, mean ± standard deviation (seeds), of {r['world']}, {r['task']}. The paper's numbers are "
-             "of other data and networks: compare differences.", "",
+             f"{r['metric']} in percent, mean ± standard deviation (seeds), of {r['world']}, {r['task']}. The paper's numbers "
+             "are of other data and networks: compare differences.", "",
              "| |" + "".join(f" {c} |" for c in r["columns"]), "|" + "---|" * (len(r["columns"]) + 1)]
     lines += [f"| {row} |" + "".join(f" {text(cells[row, c])} |" for c in r["columns"]) for row in r["rows"]]
     lines += ["", "longer: the control, trained on labels alone for as many steps, and images a step, as the student. still "

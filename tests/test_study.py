@@ -19,7 +19,6 @@ import study
 import tables
 import util
 import world
-from conftest import ROOT
 
 PENDING = {"eval_every", "joint", "loss_norm"} - set(recipes.Config.__dataclass_fields__)  # flags that st.py is about to get
 
@@ -40,7 +39,7 @@ def note(*what):
 note("started", out, " ".join(args))
 if os.environ.get("FAIL", "no such flag") in " ".join(args):
     sys.exit("progress 1\\rprogress 2\\nerror: the disk of this test is full")
-if "--init" in args:
+if "--init" in args and "/seed" in args[args.index("--init") + 1]:
     assert (Path(args[args.index("--init") + 1]) / "stage.json").exists()
 results, seed = {}, int(args[args.index("--seed") + 1])
 stages = ["teacher"] + ["pseudo", "student"] * ("train" not in args) + ["control"] * ("--control" in args)
@@ -59,30 +58,20 @@ for stage in stages:
 (out / "results.tmp").write_text(json.dumps(results))
 os.replace(out / "results.tmp", out / "results.json")
 '''
-LAUNCH = '''
-import sys
-sys.path.insert(0, {root!r})
-import study, util
-study.PROGRAM, study.POLL, study.lacking = [sys.executable, {stub!r}], 0.02, lambda flags: None
-study.world.build = lambda *_: None
-util.run(study.main)
-'''
-
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """Calls study.main with the stub as st.py, results in tmp_path/results -> what the stub noted, as lists of words."""
     (tmp_path / "stub.py").write_text(STUB)
-    (tmp_path / "launch.py").write_text(LAUNCH.format(root=str(ROOT), stub=str(tmp_path / "stub.py")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    monkeypatch.setattr(study, "PROGRAM", [sys.executable, str(tmp_path / "stub.py")])
+    monkeypatch.setattr(study, "PROGRAM", [sys.executable, "-IS", str(tmp_path / "stub.py")])
     monkeypatch.setattr(study, "POLL", 0.01)
     monkeypatch.setattr(study, "lacking", lambda flags: None)
     monkeypatch.setattr(study.world, "build", lambda *_: None)
 
     def call(*args):
-        study.main([*map(str, args), "--jobs", "2"])
+        study.main([args[0], "--jobs", "2", *map(str, args[1:])])
         return notes(tmp_path)
     return call
 
@@ -148,62 +137,95 @@ def test_failures_are_named_and_everything_else_is_carried_on(stub, tmp_path, mo
     assert "failed (1): error: the disk of this test is full" in said and "skipped: pre_" in said
     cells = {c["row"]: c for c in json.loads((tmp_path / "results/table4.json").read_text())["cells"]}
     assert cells["random, self-trained"]["n"] == 1 and cells["pre-trained"]["n"] == 0
-    assert cells["SimCLR"]["empty"] == "needs weights: --init simclr=FILE" and cells["pre-trained"]["empty"] == "not run"
+    assert cells["SimCLR"]["empty"] == "needs weights: --init simclr=FILE" and cells["pre-trained"]["empty"] == "failed"
     monkeypatch.delenv("FAIL")
     stub("table4", "--seeds", 1)  # the same command tries again
     assert json.loads((tmp_path / "results/table4.json").read_text())["cells"][3]["n"] == 1
 
 
+def fork(said, *args, **environment):
+    """study.main(args) in a process group of its own, without the seconds that its imports take -> process id."""
+    if pid := os.fork():
+        return pid
+    os.setsid()
+    os.environ.update(environment)
+    study.torch.cuda.device_count = lambda: 0  # CUDA does not survive a fork
+    sys.stdout, code = open(said, "w", buffering=1), 1
+    try:
+        study.main([args[0], "--jobs", "2", *args[1:]])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def test_killed_at_any_moment_and_run_again_the_files_are_the_same(stub, tmp_path):
-    stub("table4", "--seeds", 2, "--out", "whole", "--results", "results")
-    whole = files(tmp_path / "results", "table4")
+    stub("table4", "--seeds", 2, "--out", "whole", "--results", "whole-results")
+    whole = files(tmp_path / "whole-results", "table4")
     (tmp_path / "notes").unlink()
-    args = [sys.executable, str(tmp_path / "launch.py"), "table4", "--seeds", "2", "--out", "killed", "--results", "again",
-            "--jobs", "2"]
-    rng, left = random.Random(0), 3
-    while left:
-        before = len(notes(tmp_path))
-        process = subprocess.Popen(args, start_new_session=True, env={**os.environ, "SLOW": "0.3"}, stdout=subprocess.DEVNULL)
-        while len(notes(tmp_path)) == before and process.poll() is None:  # not in the imports
+    args = ("table4", "--seeds", "2", "--out", "killed", "--results", "killed-results")
+    rng, said = random.Random(0), tmp_path / "said"
+    for _ in range(4):
+        before, pid = len(notes(tmp_path)), fork(said, *args, SLOW="0.3")
+        while len(notes(tmp_path)) == before:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1))
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        left -= 1
-    assert 0 < len(computed(notes(tmp_path))) < 14  # some way on, and not at the end
-    assert subprocess.run(args, capture_output=True).returncode == 0
-    assert max(computed(notes(tmp_path)).values()) <= 2  # 2: killed between its note and its file
-    assert len(computed(notes(tmp_path))) == 14
-    again = files(tmp_path / "again", "table4")
-    same = {".json": lambda t: t.replace("--out killed --results again", "--out whole --results results"), ".svg": str,
-            ".md": lambda t: t.replace("--out killed --results again", "--out whole --results results")}
-    assert {k: same[k](t) for k, t in again.items()} == whole
+        time.sleep(rng.uniform(0, 0.8))
+        os.killpg(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+    some = computed(notes(tmp_path))
+    assert 0 < len(some) < 12  # on its way, and not at the end
+    assert ended(fork(said, *args)) == 0
+    assert len(computed(notes(tmp_path))) == 12 and max(computed(notes(tmp_path)).values()) <= 2  # 2: killed before it was kept
+    again = files(tmp_path / "killed-results", "table4")
+    assert {k: t.replace("killed", "whole") for k, t in again.items()} == whole
     count = len(notes(tmp_path))
-    assert subprocess.run(args, capture_output=True).returncode == 0 and len(notes(tmp_path)) == count  # nothing runs again
-    assert files(tmp_path / "again", "table4") == again
+    assert ended(fork(said, *args)) == 0 and len(notes(tmp_path)) == count  # nothing runs again
+    assert files(tmp_path / "killed-results", "table4") == again
 
 
 def test_sigterm_reaches_the_runs_and_the_line_says_how_to_go_on(stub, tmp_path):
-    process = subprocess.Popen([sys.executable, str(tmp_path / "launch.py"), "regime", "--jobs", "2"], text=True,
-                               stdout=subprocess.PIPE, env={**os.environ, "SLOW": "60"})
-    while not any(w[0] == "started" for w in notes(tmp_path)):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)  # long before a stub would end by itself
-    assert process.returncode == 143 and "the same command resumes" in said
+    pid = fork(tmp_path / "said", "regime", SLOW="60")
+    while not notes(tmp_path):
+        time.sleep(0.01)
+    began = time.time()
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 143 and "the same command resumes" in (tmp_path / "said").read_text()
+    assert time.time() - began < 50  # a stub by itself takes longer
     assert not any(study.taken(tmp_path / w[1]) for w in notes(tmp_path))  # no run is left behind
 
 
 def test_two_studies_on_the_same_folder_share_the_work(stub, tmp_path):
-    args = [sys.executable, str(tmp_path / "launch.py"), "table4", "--seeds", "2", "--jobs", "2"]
-    both = [subprocess.Popen([*args, "--results", name], env={**os.environ, "SLOW": "0.3"}, text=True, stdout=subprocess.PIPE)
+    both = [fork(tmp_path / name, "table4", "--seeds", "2", "--results", f"{name}-results", SLOW="0.2")
             for name in ("one", "two")]
-    said = "".join(p.communicate()[0] for p in both)
-    assert [p.returncode for p in both] == [0, 0] and "being done elsewhere" in said
+    assert [ended(pid) for pid in both] == [0, 0]
     assert set(computed(notes(tmp_path)).values()) == {1}
-    one, two = (json.loads((tmp_path / name / "table4.json").read_text()) for name in ("one", "two"))
-    assert one["cells"] == two["cells"] and all(c["n"] == 2 for c in one["cells"] if c["row"] != "SimCLR")
+    one, two = (json.loads((tmp_path / f"{name}-results/table4.json").read_text())["cells"] for name in ("one", "two"))
+    assert one == two and all(c["n"] == 2 for c in one if c["row"] != "SimCLR")
+
+
+def test_a_run_in_other_hands_is_waited_for(stub, tmp_path):
+    stub("regime", "--seeds", 1)
+    name = next(w[1] for w in notes(tmp_path))
+    (tmp_path / name / "results.json").rename(tmp_path / "kept")
+    lock = subprocess.Popen([sys.executable, "-ISc", f"""import fcntl, os, time
+f = open({str(tmp_path / name / '.lock')!r}, "w")
+fcntl.lockf(f, fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+os.rename({str(tmp_path / 'kept')!r}, {str(tmp_path / name / 'results.json')!r})"""],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert lock.stdout.readline() == "held\n"
+    pid = fork(tmp_path / "said", "regime", "--seeds", "1")
+    while not (tmp_path / "said").exists() or "being done elsewhere" not in (tmp_path / "said").read_text():
+        time.sleep(0.01)
+    count = len(notes(tmp_path))
+    lock.communicate("go on\n")
+    assert ended(pid) == 0 and len(notes(tmp_path)) == count
 
 
 def test_results_do_not_name_the_machines_folders(stub, tmp_path):
@@ -234,8 +256,8 @@ def test_st_accepts_the_flags_of_every_study(name, world_, task, monkeypatch):
     if name == "yours" and world_ == "shapes":
         return
     monkeypatch.setattr(study, "lacking", lambda flags: None)
-    o = study.arguments([name, "--world", world_, "--task", task, "--root", "a folder", "--unlabeled", "others", "--joint", "single",
-                         "--init", "imagenet", "pre++=imagenet", "simclr=imagenet"])
+    o = study.arguments([name, "--world", world_, "--task", task, "--root", "a folder", "--unlabeled", "others", "--joint",
+                         "single", "--init", "imagenet", "pre++=imagenet", "simclr=imagenet"])
     cells, found = study.plan(study.STUDIES[name], o)
     assert found and all("run" in c for c in cells)
     for flags in found.values():
@@ -290,7 +312,8 @@ def test_differences_are_paired_by_seed():
     assert tables.contrast(cells, [("a", "x")], [("b", "x")]) == [1.5, 1.0]  # seeds 0 and 2
     assert tables.contrast(cells, [("a", "y")], [("b", "y")]) == [] == tables.contrast(cells, [("c", "x")], [("a", "x")])
     assert tables.contrast(cells, [("a", "*")]) == [9.0]  # only seed 0 is in every column
-    found = study.differences({"rows": {"a": 0, "b": 0}, "columns": {"x": 0, "y": 0, "z": 0}, "compare": [("a", "b"), ("x", "z")]}, cells)
+    table = {"rows": {"a": 0, "b": 0}, "columns": {"x": 0, "y": 0, "z": 0}, "compare": [("a", "b"), ("x", "z")]}
+    found = study.differences(table, cells)
     assert [(d["what"], d["at"], d["values"]) for d in found] == [("a - b", "x", [1.5, 1.0]), ("x - z", "a", [6.0, 19.0])]
 
 
@@ -318,7 +341,8 @@ def test_pictures_are_well_formed_and_escape_names(stub, tmp_path):
 
 def test_verdicts_follow_the_intervals(tmp_path):
     def write(name, cells):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"world": "shapes", "task": "det", "metric": "AP", "seeds": 3, "cells": cells}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "world": "shapes", "task": "det", "metric": "AP", "seeds": 3, "cells": cells}))
 
     def verdicts():
         lines = [line.split("|") for line in tables.findings(tmp_path).splitlines() if line.startswith("| (")]
