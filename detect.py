@@ -69,20 +69,19 @@ def anchors_for(c, device):
 # ---- losses ------------------------------------------------------------------------------------------------------
 
 def criterion(c, device):
-    """-> prepare(batch) -> (targets {name: (B, ...)}, counts (2,)), losses(outputs, targets, part, counts) -> (B, 2)."""
+    """-> prepare(batch) -> (targets {name: (B, ...)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 2)."""
     anchors = anchors_for(c, device)
     return lambda batch: assign(batch, anchors), lambda *args: losses_of(*args, anchors)
 
 
 def assign(batch, anchors):
     """What every anchor of a batch should answer -> {"matched" (B, A) as from ops.match, "classes" (B, A) likewise but with
-    class indices, "boxes" (B, M, 4)}, and positives (2,): positive anchors under human and under pseudo labels, over all
-    processes."""
+    class indices, "boxes" (B, M, 4)}, and positives (3,): positive anchors in each of data.PARTS, over all processes."""
     matched = torch.cat([ops.match(anchors, boxes, labels >= 0) for boxes, labels in zip(
         batch["boxes"].split(8), batch["labels"].split(8))])  # 8 images at a time: all IoUs of a large batch are gigabytes
     labels = F.pad(batch["labels"], (0, 1), value=-1)  # (B, M+1): gather needs a column if M is 0
     classes = torch.where(matched >= 0, labels.gather(1, matched.clamp(min=0)), matched)
-    positives = torch.zeros(2, device=anchors.device).index_add(0, batch["part"], (matched >= 0).sum(1).float())
+    positives = torch.zeros(len(data.PARTS), device=anchors.device).index_add(0, batch["part"], (matched >= 0).sum(1).float())
     return {"matched": matched, "classes": classes, "boxes": batch["boxes"]}, util.all_sum(positives)
 
 

@@ -104,7 +104,9 @@ class RetinaNet(nn.Module):
         self.boxes = Tower(c_in, width, depth, anchors, 4, norm, n, 0.0, std, act)
 
     def forward(self, images):
-        feats = self.backbone(images)
+        return self.heads(self.backbone(images), images)
+
+    def heads(self, feats, _):
         pyramid = self.fpn(feats) if self.fpn else [feats[l] for l in self.levels]
         return self.classes(pyramid), self.boxes(pyramid)
 
@@ -192,8 +194,10 @@ class Segmenter(nn.Module):
         nn.init.zeros_(self.final.bias)
 
     def forward(self, images):
-        size = [-(-n // 4) for n in images.shape[-2:]]
-        pyramid = self.fpn(self.backbone(images))
+        return self.heads(self.backbone(images), images)
+
+    def heads(self, feats, images):
+        size, pyramid = [-(-n // 4) for n in images.shape[-2:]], self.fpn(feats)
         x = self.head(sum(F.interpolate(p, size, mode="bilinear", align_corners=False) for p in pyramid))  # (B, width, H/4, W/4)
         if self.stride == 4:
             return self.final(x)
@@ -214,6 +218,21 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         return self.final(self.backbone(images)[5].mean((2, 3)))
+
+
+class Joint(nn.Module):
+    """RetinaNet or Segmenter `net` in joint training: images (B, 3, H, W), part (B,) -> (net's outputs for parts 0 and 1, class
+    logits (n, K) of part 2 from the linear layer net.joint on the mean over C5). The backbone sees all in one batch, so that its
+    batch norm does; it has no weights of its own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images, part):
+        classified, feats = part == 2, self.net.backbone(images)
+        logits = self.net.joint(feats[5][classified].mean((2, 3)))
+        return self.net.heads({level: f[~classified] for level, f in feats.items()}, images[~classified]), logits
 
 
 def weight_decay_groups(model, decay):

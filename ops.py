@@ -172,31 +172,32 @@ def box_loss(deltas, boxes, anchors, matched, delta=0.1):
     return torch.zeros(len(deltas), device=loss.device).index_add(0, b, loss)
 
 
-def joint_loss(loss_h, loss_p, averages, alpha, normalise=True):
-    """Loss on human and pseudo labels together: (L_h + alpha * (avg L_h / avg L_p) * L_p) / (1 + alpha).
+def joint_loss(losses, averages, alpha, normalise=True):
+    """Loss on human and other labels together: (L_h + alpha * sum_k (avg L_h / avg L_k) * L_k) / (1 + alpha * how many k).
 
-    App. B of the paper (formula recalled, not checked against its text). loss_h, loss_p: scalars. averages: what
-    update_averages returned for the steps before this one (a ratio of 1 while there are none), so the coefficient
-    is a constant with no gradient and does not depend on how a step is cut into micro-batches.
+    App. B of the paper (formula recalled, not checked against its text), where there is one other, L_p on pseudo-labels; joint
+    training has the classification loss in its place or beside it. losses: scalars, L_h first. averages: what update_averages
+    returned for the steps before this one (ratios of 1 while there are none), so the coefficients are constants with no
+    gradient and do not depend on how a step is cut into micro-batches.
     normalise=False is the plain sum L_h + alpha * L_p that the paper reports as unstable.
     """
+    means = average_losses(averages)  # (P,)
+    ratios = means[0] / means[1:].clamp(min=1e-6) if averages[-1] > 0 else [1.0] * len(means)
     if not normalise:
-        return loss_h + alpha * loss_p
-    mean_h, mean_p = average_losses(averages)
-    ratio = mean_h / mean_p.clamp(min=1e-6) if averages[2] > 0 else 1.0
-    return (loss_h + alpha * ratio * loss_p) / (1 + alpha)
+        return losses[0] + alpha * sum(losses[1:])
+    return (losses[0] + sum(alpha * ratio * loss for ratio, loss in zip(ratios, losses[1:]))) / (1 + alpha * (len(losses) - 1))
 
 
-def update_averages(averages, loss_h, loss_p, decay=0.99):
-    """Moving averages of both losses, as a float64 tensor [sum_h, sum_p, weight] that starts as zeros(3).
+def update_averages(averages, losses, decay=0.99):
+    """Moving averages of the losses (P,), as a float64 tensor [sum_h, sum_p, ..., weight] that starts as zeros(P + 1).
     The decay is our choice: the paper gives none (recalled)."""
-    new = torch.stack([loss_h.detach().double(), loss_p.detach().double(), averages.new_ones(())])
+    new = torch.cat([losses.detach().double(), averages.new_ones(1)])
     return decay * averages + (1 - decay) * new
 
 
 def average_losses(averages):
-    """(mean L_h, mean L_p), bias-corrected: divided by the total weight seen so far rather than by 1."""
-    return averages[0] / averages[2].clamp(min=1e-12), averages[1] / averages[2].clamp(min=1e-12)
+    """Mean losses (P,), bias-corrected: divided by the total weight seen so far rather than by 1."""
+    return averages[:-1] / averages[-1].clamp(min=1e-12)
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------------

@@ -151,8 +151,8 @@ HELP = {
         "rounds": "repetitions of teacher <- student",
         "control": "also train without pseudo-labels from the student's start (in later rounds from the last control), for its "
                    "steps and images per step",
-        "joint": "joint training: every step also classifies as many images of this set, shapes (the embedded world's single objects) "
-                 "or a folder with train/CLASS/*.jpg, on the same backbone",
+        "joint": "joint training: every step also classifies as many images of this set on the same backbone; shapes (the "
+                 "embedded world's single objects) or a folder with train/CLASS/*.jpg",
         "flip": "seg: average pseudo-labels over the mirrored image as well"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),

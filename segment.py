@@ -64,7 +64,7 @@ def network(c, classes, norm, backbone_norm):
 # ---- loss --------------------------------------------------------------------------------------------------------
 
 def criterion(c, device):
-    """-> prepare(batch) -> (targets {name: (B, ...)}, counts (2,)), losses(outputs, targets, part, counts) -> (B, 1).
+    """-> prepare(batch) -> (targets {name: (B, ...)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 1).
 
     The loss is at the resolution of the logits, as in the TPU code; masks are reduced to it by nearest neighbour (there
     bilinearly, said to be for the TPU's sake).
@@ -74,7 +74,7 @@ def criterion(c, device):
     def prepare(batch):
         mask = batch["masks"][:, stride // 2::stride, stride // 2::stride].long()  # (B, H, W)
         labelled = (mask != IGNORE).sum((1, 2)).float()
-        return {"mask": mask}, util.all_sum(torch.zeros(2, device=device).index_add(0, batch["part"], labelled))
+        return {"mask": mask}, util.all_sum(torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], labelled))
 
     def losses(logits, targets, part, pixels):
         each = F.cross_entropy(logits.float(), targets["mask"], ignore_index=IGNORE, reduction="none")  # (B, H, W)

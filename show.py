@@ -122,9 +122,9 @@ def batch_sheet(batch, class_names, path):
         if "masks" in batch:
             target["mask"] = batch["masks"][i].numpy()
         name, colour = [("human", HUMAN), ("pseudo", PSEUDO)][int(batch["part"][i])]
+        k = int(batch["image_class"][i]) if "image_class" in batch else -1  # -1: it has boxes or a mask
         tiles.append((Image.fromarray(batch["images"][i].permute(1, 2, 0).contiguous().numpy()), target,
-                      f"{name}, " + (str(class_names[int(batch["image_class"][i])]) if "image_class" in batch else
-                                     f"image {int(batch['image_id'][i])}"), colour))
+                      f"{name}, " + (str(class_names[k]) if k >= 0 else f"image {int(batch['image_id'][i])}"), colour))
     save_sheet(path, tiles, class_names)
 
 

@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,21 +72,24 @@ def stage_seed(seed, stage):
 def train(folder, net, parts, counts, steps, c, val, run, log):
     """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
 
-    parts: [human] or [human, pseudo], of task.load; counts: images of each in a step, over all processes. -> scores on val on
-    the way, every c["eval_every"] steps but the last: [[step, metric], ...].
+    parts: data sets in the order of data.PARTS; counts: images of each in a step, over all processes, 0 for those not used.
+    -> scores on val on the way, every c["eval_every"] steps but the last: [[step, metric], ...].
     """
     (rank, ranks, device, dtype), task = run, TASKS[c["task"]]
     prepare, losses = task.criterion(c, device)
-    optimizer, averages, start, curve = make_optimizer(net, c), torch.zeros(3).double(), 0, []
+    used, names = [k for k, count in enumerate(counts) if count], task.TERMS + ["class"] * (len(counts) > 2)
+    if joint := len(counts) > 2:
+        prepare, losses = classify.joined(prepare, losses)
+    optimizer, averages, start, curve = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, []
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         averages, start, curve = state["averages"], state["step"], state["curve"]
-    ddp, seed = distribute(net, device, ranks), stage_seed(c["seed"], Path(folder).name)
+    ddp, seed = distribute(models.Joint(net) if joint else net, device, ranks), stage_seed(c["seed"], Path(folder).name)
     forward = compiled(ddp, device) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
                                c["workers"])
-    stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts), task.TERMS), set()
+    stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts), names), set()
     net.train()
     for step, batch in zip(range(start, steps), meter.timed(loader)):
         if step == 0 and rank == 0:
@@ -95,27 +98,26 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
         lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10), c["warmup_from"], c["drops"])
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        targets, normaliser = prepare(batch)  # {name: (B, ...)}, (2,) what the losses of each part are divided by
+        targets, normaliser = prepare(batch)  # {name: (B, ...)}, (3,) what the losses of each part are divided by
         per_image, objective = [], torch.zeros((), device=device)
         for k, rows in enumerate(torch.arange(len(batch["part"]), device=device).chunk(c["accumulate"])):
             part = batch["part"][rows]
             with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    outputs = forward(evaluation.normalise(batch["images"][rows], device))
+                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[part] * joint)
                 each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
-                human, pseudo = each[part == 0].sum(), each[part == 1].sum()
-                loss = human if len(parts) == 1 else ops.joint_loss(human, pseudo, averages, c["alpha"], c["loss_norm"] == "on")
+                loss = ops.joint_loss([each[part == k].sum() for k in used], averages, c["alpha"], c["loss_norm"] == "on")
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
             per_image.append(each.detach())
             objective += loss.detach()
         per_image = torch.cat(per_image)
-        total = torch.zeros(2, len(task.TERMS), device=device).index_add(0, batch["part"], per_image).flatten()
+        total = torch.zeros(len(data.PARTS), len(names), device=device).index_add(0, batch["part"], per_image)[used].flatten()
         notes = torch.tensor([float(stop.asked), float(len(quarantine))], device=device)
         total = util.all_sum(torch.cat([total, objective[None], notes]))
-        *terms, joint, stopping, unusable = total.tolist()  # waits for the device
+        *terms, objective, stopping, unusable = total.tolist()  # waits for the device
         if not math.isfinite(sum(terms)):
             runs.fail_nonfinite(folder, step, batch, per_image, rank)
-        human, pseudo = terms[:len(terms) // 2], terms[len(terms) // 2:]
+        terms = [terms[i:i + len(names)] for i in range(0, len(terms), len(names))]  # of each used part
         unusable /= ranks  # each process meets most of them sooner or later
         if unusable > max(20, sum(map(len, parts)) // 100):
             raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
@@ -126,9 +128,9 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if len(parts) == 1 or sum(human) and sum(pseudo):  # a half without a single label says nothing about its usual loss
-            averages = ops.update_averages(averages, torch.tensor(sum(human)), torch.tensor(sum(pseudo)))
-        meter.step(step + 1, lr, joint, human, pseudo if len(parts) > 1 else [], averages)
+        if all(map(sum, terms)):  # a part without a single label says nothing about its usual loss
+            averages = ops.update_averages(averages, torch.tensor([sum(some) for some in terms]))
+        meter.step(step + 1, lr, objective, dict(zip([data.PARTS[k] for k in used], terms)), averages)
         if c["eval_every"] and (step + 1) % c["eval_every"] == 0 and step + 1 < steps:
             share_buffers(net, ranks)
             curve.append([step + 1, task.evaluate(net, c, val, run, log)[task.METRICS[0]]])
@@ -155,6 +157,8 @@ def build(c, classes):
     torch.manual_seed(c["seed"])
     norm, backbone_norm = {"frozen": ("bn", "frozen"), "torchvision": ("none", "frozen")}.get(c["norm"], (c["norm"], c["norm"]))
     net = TASKS[c["task"]].network(c, classes, norm, backbone_norm)
+    if c["joint"]:
+        net.joint = torch.nn.Linear(net.backbone.channels[5], c["joint"])
     for name, module in net.named_modules():  # EfficientNet keeps its own momentum, as in the TPU code
         if isinstance(module, torch.nn.BatchNorm2d) and not (name.startswith("backbone.") and "efficientnet" in c["backbone"]):
             module.momentum = c["momentum"]
@@ -267,14 +271,17 @@ class Meter:
                 return
             yield batch
 
-    def step(self, step, lr, joint, human, pseudo, averages):
+    def step(self, step, lr, objective, terms, averages):
+        """terms: {part: value of each loss term}."""
         if step > 10 and step % 20 and step != self.steps:
             return
-        spent, (avg_h, avg_p) = time.time() - self.began, ops.average_losses(averages)
-        values = {"loss": joint, **dict(zip(self.terms, human)), "avg": float(avg_h)}
-        if pseudo:
-            values.update({f"{name}_pseudo": v for name, v in zip(self.terms, pseudo)}, avg_pseudo=float(avg_p),
-                          ratio=float(avg_h / avg_p.clamp(min=1e-6)))
+        spent, means, values = time.time() - self.began, ops.average_losses(averages).tolist(), {"loss": objective}
+        for (part, row), mean in zip(terms.items(), means):
+            end = "" if part == "human" else f"_{part}"
+            values.update({f"{name}{end}": v for name, v in zip(self.terms, row) if (name == "class") == (part == "joint")})
+            values[f"avg{end}"] = mean
+            if end:
+                values["ratio" + end.replace("_pseudo", "")] = means[0] / max(mean, 1e-6)
         self.log.progress(self.stage, step, self.steps, self.began, self.start, **values, lr=lr,
                           images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
 
@@ -339,6 +346,7 @@ def main(argv=None):
     if flags.mode in ("pseudo", "eval"):
         return use_checkpoint(flags, run)
     c, out = recipes.settings(flags, ranks), Path(flags.out)
+    c["joint"] = recipes.CLASSES["cls"] if flags.joint else 0  # size of the added classifier; 0: none
     if flags.dry_run:
         classes = recipes.CLASSES[c["task"]]
         with torch.device("meta"):
@@ -363,9 +371,14 @@ def main(argv=None):
     for found in (train_set, val):
         for reason, n in found.dropped.items():
             log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
-    results = pipeline(flags, c, out, human, held, paths, val, {
+    joint = classify.load_folder(util.rank0_first(lambda: joint_root(flags)), "train") if flags.joint else []
+    if flags.joint:
+        c["joint"] = len(joint.class_names)
+        log.say(f"joint training with {len(joint)} images of {c['joint']} classes in {joint.root}")
+    results = pipeline(flags, c, out, human, held, joint, paths, val, {
         "annotations": split["annotations_sha256"], "validation": data.file_digest(val.annotation_file),
         "split": runs.digest(split["labeled"]), "held_out": len(held),
+        **({"classified": data.file_digest(joint.root), "weights": [c["alpha"], c["loss_norm"]]} if flags.joint else {}),
         **util.rank0_first(lambda: task.data_deps(train_set, val))}, run, log)
     if rank == 0:
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
@@ -375,7 +388,7 @@ def main(argv=None):
         print(table(results, task.METRICS), f"written: {out}/results.json, {out}/report.html", sep="\n")
 
 
-def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
+def pipeline(flags, c, out, human, held, joint, paths, val, data_deps, run, log):
     """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
@@ -386,8 +399,10 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
     if c["init"] not in ("random", "imagenet"):
         simclr, path = backbones.split_source(c["init"])
         same["init"] = "simclr:" * simclr + data.file_digest(path)
-    results = {"teacher": trained(out / "teacher", [human], "", c, {
-        **same, "steps": c["steps"], "images_per_step": [c["batch"]]}, val, run, log)}
+    def counts(human, pseudo, classified):  # of the images in a step
+        return [human, pseudo, classified] if flags.joint else [human, pseudo][:1 + bool(pseudo)]
+    results = {"teacher": trained(out / "teacher", [human, [], joint], "", c, {
+        **same, "steps": c["steps"], "images_per_step": counts(c["batch"], 0, c["batch"])}, val, run, log)}
     teacher, control, task = "teacher", "teacher", TASKS[c["task"]]
     for k in range(flags.rounds if flags.mode == "run" else 0):
         suffix = "" if k == 0 else str(k + 1)
@@ -398,12 +413,13 @@ def pipeline(flags, c, out, human, held, paths, val, data_deps, run, log):
         c_student = {**c, "aug": c["student_aug"]}
         after = {**same, "aug": c["student_aug"], "steps": c["student_steps"], "student_init": flags.student_init}
         start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")
-        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo], start, c_student, {
+        n = c["student_batch"]
+        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo, joint], start, c_student, {
             **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"], "loss_norm": c["loss_norm"],
-            "images_per_step": [c["student_batch"]] * 2}, val, run, log)
+            "images_per_step": counts(n, n, n)}, val, run, log)
         if flags.control:  # as many steps and images per step, but no pseudo-label ever
-            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human], start_control, c_student, {
-                **after, "teacher": results[control]["weights"], "images_per_step": [2 * c["student_batch"]]}, val, run, log)
+            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human, [], joint], start_control, c_student, {
+                **after, "teacher": results[control]["weights"], "images_per_step": counts(2 * n, 0, n)}, val, run, log)
         teacher, control = f"student{suffix}", f"control{suffix}"
     return results
 
@@ -445,6 +461,12 @@ def unlabelled_paths(flags, human, held, rest, val, log):
     return paths
 
 
+def joint_root(flags):
+    """The class folders of --joint: DIR with train/CLASS/*.jpg, or the embedded world's single objects."""
+    return classify.locate(replace(flags, data="shapes" if flags.joint == "shapes" else "folder", root=(
+        flags.root if flags.joint == "shapes" else flags.joint)))
+
+
 def given_images(flags):
     """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
     named = flags.data == "voc" and voc.list_file(flags.root, flags.unlabeled).exists()
@@ -461,7 +483,7 @@ def use_checkpoint(flags, run):
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
-    c = {"task": "det", **state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
+    c = {"task": "det", "joint": 0, **state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
     recipes.check_data(flags.data, c["task"])
     if flags.mode == "eval":
         net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]

@@ -425,7 +425,7 @@ def gradients(pieces, averages):
         part = batch["part"][rows]
         each = detect.losses_of(net(batch["images"][rows]), {k: v[rows] for k, v in targets.items()}, part, positives, anchors)
         human, pseudo = each[part == 0].sum(), each[part == 1].sum()
-        loss = human if averages is None else ops.joint_loss(human, pseudo, averages, 0.7)
+        loss = human if averages is None else ops.joint_loss([human, pseudo], averages, 0.7)
         loss.backward()
         total += loss.item()
     return total, {k: p.grad for k, p in net.named_parameters()}

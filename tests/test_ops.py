@@ -347,7 +347,7 @@ def test_box_loss_of_bfloat16_deltas_is_float32():
 def averaged(*pairs, decay=0.99):
     averages = torch.zeros(3, dtype=torch.float64)
     for h, p in pairs:
-        averages = ops.update_averages(averages, torch.tensor(h), torch.tensor(p), decay)
+        averages = ops.update_averages(averages, torch.tensor([h, p]), decay)
     return averages
 
 
@@ -365,32 +365,40 @@ def test_average_losses_of_constant_losses_are_these_after_any_number_of_updates
 
 def test_joint_loss_is_the_formula_computed_by_hand():
     averages = averaged((2.0, 8.0))  # ratio 1/4
-    got = ops.joint_loss(torch.tensor(3.0), torch.tensor(4.0), averages, alpha=0.5)
+    got = ops.joint_loss([torch.tensor(3.0), torch.tensor(4.0)], averages, alpha=0.5)
     assert got.item() == pytest.approx((3 + 0.5 * (2 / 8) * 4) / 1.5)
-    assert ops.joint_loss(torch.tensor(3.0), torch.tensor(4.0), averages, 0.5, normalise=False).item() == 3 + 0.5 * 4
+    assert ops.joint_loss([torch.tensor(3.0), torch.tensor(4.0)], averages, 0.5, normalise=False).item() == 3 + 0.5 * 4
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0, 4.0])
 def test_joint_loss_of_constant_losses_is_the_human_loss_for_every_alpha(alpha):
     averages = averaged(*[(3.0, 0.2)] * 7)
-    assert ops.joint_loss(torch.tensor(3.0), torch.tensor(0.2), averages, alpha).item() == pytest.approx(3.0)
+    assert ops.joint_loss([torch.tensor(3.0), torch.tensor(0.2)], averages, alpha).item() == pytest.approx(3.0)
 
 
 def test_joint_loss_starts_with_a_ratio_of_one():
-    got = ops.joint_loss(torch.tensor(3.0), torch.tensor(5.0), torch.zeros(3, dtype=torch.float64), alpha=0.5)
+    got = ops.joint_loss([torch.tensor(3.0), torch.tensor(5.0)], torch.zeros(3, dtype=torch.float64), alpha=0.5)
     assert got.item() == pytest.approx((3 + 0.5 * 5) / 1.5)
 
 
 def test_joint_loss_lets_gradient_through_the_losses_but_not_the_averages():
     h, p = torch.tensor(2.0, requires_grad=True), torch.tensor(8.0, requires_grad=True)
-    averages = ops.update_averages(torch.zeros(3, dtype=torch.float64), h, p)
+    averages = ops.update_averages(torch.zeros(3, dtype=torch.float64), torch.stack([h, p]))
     assert not averages.requires_grad
-    ops.joint_loss(h, p, averages, alpha=0.5).backward()
+    ops.joint_loss([h, p], averages, alpha=0.5).backward()
     assert h.grad.item() == pytest.approx(1 / 1.5) and p.grad.item() == pytest.approx(0.5 * (2 / 8) / 1.5)
 
 
+def test_joint_loss_of_one_is_that_loss_and_of_three_gives_the_others_equal_shares():
+    zeros = torch.zeros(2, dtype=torch.float64)
+    assert ops.joint_loss([torch.tensor(3.0)], zeros, alpha=0.5).item() == 3
+    averages = ops.update_averages(torch.zeros(4, dtype=torch.float64), torch.tensor([2.0, 8.0, 0.5]))
+    got = ops.joint_loss([torch.tensor(3.0), torch.tensor(4.0), torch.tensor(5.0)], averages, alpha=0.5)
+    assert got.item() == pytest.approx((3 + 0.5 * (2 / 8) * 4 + 0.5 * (2 / 0.5) * 5) / 2)
+
+
 def test_joint_loss_stays_finite_when_pseudo_losses_were_zero():
-    got = ops.joint_loss(torch.tensor(3.0), torch.tensor(0.0), averaged((3.0, 0.0)), alpha=1.0)
+    got = ops.joint_loss([torch.tensor(3.0), torch.tensor(0.0)], averaged((3.0, 0.0)), alpha=1.0)
     assert got.item() == pytest.approx(1.5)
 
 
