@@ -12,7 +12,7 @@ runs in OUT/RUN/seedN with their run.log, tables in results/NAME.json, .md and .
 SimCLR's cells take weights (--init simclr=simclr:FILE): nothing here trains them yet.
 """
 import argparse
-import dataclasses
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -156,7 +156,7 @@ def words(o):
     if o.unlabeled:
         w.update(pool="--unlabeled " + shlex.quote(o.unlabeled))
     if o.joint:
-        w.update(joint="--joint " + shlex.quote(o.joint), single="--unlabeled " + shlex.quote(o.joint))
+        w.update(joint="--joint " + shlex.quote(o.joint), single="--unlabeled " + shlex.quote(o.joint + "/train"))
     return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
 
 
@@ -182,13 +182,6 @@ def run_name(start, flags, frozen):
     return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest(flags)[:8]
 
 
-def lacking(flags):
-    """Why st.py cannot run this, or None."""
-    fields = {f.name for f in dataclasses.fields(recipes.Config)}
-    if missing := [k for k in flags if k not in fields] or [flags["task"]] * (flags["task"] not in recipes.TASKS):
-        return f"st.py does not know {' '.join(missing)} yet"
-
-
 def plan(study, o):
     """-> cells: [{"row", "column", "stage", "paper", "run" or "empty": why}]; runs: {name: flags}, what others start from first.
 
@@ -203,8 +196,6 @@ def plan(study, o):
             common += f" {'--recipe ' + o.recipe if o.recipe else ''} {shlex.join(o.flags)}"
         row = recipes.RECIPES.get(parse(common, {}).get("recipe") or recipes.TASKS.get(task), {})
         flags = parse(f"{common} {text}", row)
-        if reason := lacking(flags):
-            raise LookupError(reason)
         name = run_name(start, flags, parse(common, row))
         found[name] = flags
         return name
@@ -232,8 +223,8 @@ def plan(study, o):
 
 # ---- running -----------------------------------------------------------------------------------------------------
 
-# Which flags the stages of st.py do not depend on (st.pipeline has the other side of this). Boxes are stored with their scores,
-# so that another threshold relabels nothing; masks are not.
+# Which flags the stages of st.py do not depend on (st.pipeline has the other side of this). Boxes and classes are stored with
+# their scores, so that another threshold relabels nothing; masks are not.
 LATER = ("mode", "control", "alpha", "student_init", "student_steps", "loss_norm", "rounds")
 FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip"), "pseudo": LATER,
         "control": ("alpha", "loss_norm", "unlabeled", "threshold", "flip")}
@@ -241,7 +232,8 @@ FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip"), "pseudo": LATER,
 
 def stage_key(flags, stage):
     """Runs that agree in this have that stage in common, for the same seed."""
-    free = FREE[stage] + ("threshold",) * (stage == "pseudo" and flags["task"] == "det")
+    free = {*FREE[stage], *["threshold"] * (stage == "pseudo" and flags["task"] != "seg")}
+    free -= {"alpha", "loss_norm"} if "joint" in flags else set()  # which also weigh the classification loss
     kept = {k: v for k, v in flags.items() if k not in free}
     row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]), {})
     return runs.digest([kept, (flags.get("threshold") or row.get("threshold")) == "auto"])  # auto holds labelled images out
@@ -272,16 +264,26 @@ def adopt(out, folder, flags):
                 break
 
 
+@contextlib.contextmanager
+def alone(out):
+    """Studies on the same folder write files of the same name one after another."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def launch(out, name, seed, flags, slot, jobs):
     """Starts a run of st.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute()."""
     folder = out / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     packages = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
     gpus = torch.cuda.device_count()
-    runs.write_json(folder / "run.json", {
-        "flags": flags, "versions": f"Python {sys.version.split()[0]}, {packages}",
-        "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}"})
-    adopt(out, folder, flags)
+    with alone(out):
+        runs.write_json(folder / "run.json", {
+            "flags": flags, "versions": f"Python {sys.version.split()[0]}, {packages}",
+            "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}"})
+        adopt(out, folder, flags)
     texts = []
     for k, v in flags.items():
         source, _, stage = v[1:].rpartition("/") if v is not True and v[0] == "@" else ("", "", "")
@@ -450,7 +452,7 @@ def arguments(argv):
     add("--root", default=recipes.Config.root, help="its folder, as st.py's --root")
     add("--unlabeled", default="", help="images for pseudo-labels, as st.py's --unlabeled")
     add("--labeled", default="0.2", help="yours: fraction of the labels to use [0.2]")
-    add("--joint", default="", help="folder of labelled single objects (ImageNet) for joint training")
+    add("--joint", default="", help="class folders (ImageNet) for joint training, as st.py's --joint")
     add("--init", nargs="+", default=[], metavar="[NAME=]WEIGHTS", help="for pre (where no name is given), pre++ and "
         "simclr, as st.py's --init; the embedded world's pre and pre++ are trained here otherwise")
     add("--recipe", help="row of recipes.py for every run")
@@ -502,8 +504,8 @@ def main(argv=None):
     try:
         bad = execute(o.out, started, o.seeds, o.jobs)
     finally:
-        if before and o.out.exists():
-            runs.write_json(wall, (tables.read_json(wall) or 0) + time.time() - began)
+        with alone(o.out):
+            runs.write_json(wall, (tables.read_json(wall) or 0) + (time.time() - began if before else 0))
     lost = {name for name, _ in bad}
     cells = [read_cell(o.out, {**c, "empty": "failed"} if c.get("run") in lost else c, o.task, o.seeds) for c in cells]
     hours, machines, versions = spent(o.out, found, o.seeds)
@@ -517,9 +519,10 @@ def main(argv=None):
         "cells": cells, "differences": differences(study, cells)}
     if o.name == "yours":
         results["verdict"] = tables.helped(results)
-    runs.write_json(target, results)
-    for suffix, text in ((".md", tables.markdown(results)), (".svg", tables.svg(results))):
-        runs.write_atomic(target.with_suffix(suffix), lambda p: p.write_text(text))
+    with alone(o.out):
+        runs.write_json(target, results)
+        for suffix, text in ((".md", tables.markdown(results)), (".svg", tables.svg(results))):
+            runs.write_atomic(target.with_suffix(suffix), lambda p: p.write_text(text))
     print(tables.markdown(results), f"written: {target}, .md and .svg", sep="\n")
     if bad:
         raise UserError(f"{len(bad)} of {len(started) * o.seeds} runs failed or were skipped, see above and their run.log in "
