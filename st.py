@@ -157,7 +157,7 @@ def build(c, classes):
     torch.manual_seed(c["seed"])
     norm, backbone_norm = {"frozen": ("bn", "frozen"), "torchvision": ("none", "frozen")}.get(c["norm"], (c["norm"], c["norm"]))
     net = TASKS[c["task"]].network(c, classes, norm, backbone_norm)
-    if c["joint"]:
+    if c.get("joint"):  # settings that st.main has not seen, older checkpoints and torchvision's detector have none
         net.joint = torch.nn.Linear(net.backbone.channels[5], c["joint"])
     for name, module in net.named_modules():  # EfficientNet keeps its own momentum, as in the TPU code
         if isinstance(module, torch.nn.BatchNorm2d) and not (name.startswith("backbone.") and "efficientnet" in c["backbone"]):
