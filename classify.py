@@ -121,7 +121,7 @@ def network(c, classes, norm, backbone_norm):
 def criterion(c, device):
     """-> prepare(batch) -> (targets {name: (B,)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 1)."""
     def prepare(batch):
-        images = torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], torch.ones(len(batch["part"]), device=device))
+        images = torch.bincount(batch["part"], minlength=len(data.PARTS)).float()
         return {"class": batch["image_class"]}, util.all_sum(images)
 
     def losses(logits, targets, part, images):

@@ -84,7 +84,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        averages, start, curve = state["averages"], state["step"], state["curve"]
+        averages, start, curve = state["averages"], state["step"], state.get("curve", [])
     ddp, seed = distribute(models.Joint(net) if joint else net, device, ranks), stage_seed(c["seed"], Path(folder).name)
     forward = compiled(ddp, device) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
@@ -483,7 +483,8 @@ def use_checkpoint(flags, run):
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
-    c = {"task": "det", "joint": 0, **state["config"], "workers": flags.workers, "gradient_checkpointing": False, "flip": flags.flip}
+    c = {"task": "det", "joint": 0, **state["config"], "workers": flags.workers, "gradient_checkpointing": False,
+         "flip": flags.flip}
     recipes.check_data(flags.data, c["task"])
     if flags.mode == "eval":
         net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]
