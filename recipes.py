@@ -39,7 +39,7 @@ SPINENET = dict(COCO, lr=0.28, steps=231_500, student_steps=231_500, warmup=2000
 PASCAL = dict(task="seg", image_size=512, batch=256, ref_batch=256, optimizer="sgd", warmup=500,
               warmup_from=0.001 / 0.08, drops=(), weight_decay=1e-5, clip=10.0, threshold="0.5", aug="s4", student_aug="s4",
               neck="nasfpn", levels=(3, 7), width=256, depth=3, stride=4, momentum=0.003)
-SEG = dict(task="seg", backbone="resnet10", batch=8, ref_batch=8, steps=4000, student_steps=1000, optimizer="adamw", lr=2e-3,
+SEG = dict(task="seg", backbone="resnet10", batch=8, ref_batch=8, steps=5000, student_steps=1200, optimizer="adamw", lr=1.5e-3,
            warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0, threshold="0.5", aug="s4", student_aug="s4",
            neck="fpn", levels=(2, 5), depth=1, momentum=0.1)
 RECIPES = {
