@@ -184,11 +184,11 @@ class Segmenter(nn.Module):
         if stride == 1:
             self.detail, self.reduce, self.merge = layers(3, 3 * 4, half), layers(1, width, half), layers(3, 2 * half, half)
         self.final = nn.Conv2d(half if stride == 1 else width, classes * (4 if stride == 1 else 1), 1)
-        if stride == 4:
+        if neck == "nasfpn":
             for conv in [*self.head[::3], self.final]:
                 nn.init.normal_(conv.weight, std=0.01)
         else:  # from 0.01 it took hundreds of steps of AdamW to leave "background everywhere"
-            for part in (self.head, self.detail, self.reduce, self.merge):
+            for part in (self.head, self.detail, self.reduce, self.merge) if stride == 1 else (self.head,):
                 backbones.init_convs(part)
             nn.init.normal_(self.final.weight, std=0.1)
         nn.init.zeros_(self.final.bias)

@@ -160,8 +160,11 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
                         f"usable images reach the threshold {threshold:.2f}. Train the teacher longer, or delete that folder and "
                         "lower --threshold")
     if sum(v > 0.0005 for v in result["per_class"].values()) < 2:
-        log.say(f"warning: (almost) every kept pixel is {max(result['per_class'], key=result['per_class'].get)}: the teacher has "
-                "not learnt to tell classes apart; train it longer")
+        only = f"(almost) every kept pixel of {folder} is {max(result['per_class'], key=result['per_class'].get)}"
+        if labelled is not None:
+            raise UserError(f"{only}: the teacher has not learnt to tell classes apart, and a student has nothing to learn from it. "
+                            "Give the teacher more --steps, another --lr or a weaker --aug, in another --out")
+        log.say(f"warning: {only}")
     return result
 
 

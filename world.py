@@ -4,7 +4,7 @@
 
 part         plays the role of                       what is in it
 `det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes
-`seg`        PASCAL VOC: segmentation                the images of `det` with a mask each, in VOC's layout
+`seg`        PASCAL VOC: segmentation                96 px, 0-3 objects of those 8 classes, a mask each, in VOC's layout
 `single`     ImageNet: pre-training, joint training  96 px, one large object of 12 classes (4 are new), class folders
 `unlabeled`  Open Images: pool for pseudo-labels     128 px, those 4 classes mixed in, more empty images
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 1  # raise it with any change that alters an image: caches are then drawn afresh
+VERSION = 2  # raise it with any change that alters an image: caches are then drawn afresh
 SEED = 2020
 
 
@@ -85,12 +85,13 @@ CATEGORY_IDS = [CAST[name][0] for name in CLASSES]
 PARTS = {
     "det": dict(px=128, splits=dict(train=(0, 2000), val=(1, 500)), classes=8, objects=(1, 5), side=(22, 72), empty=.03,
                 under=(1, 3), over=(0, 1), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
+    "seg": dict(px=96, splits=dict(train=(5, 2000), val=(6, 500)), classes=8, objects=(1, 3), side=(26, 64), empty=.03,
+                under=(0, 0), over=(0, 0), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
     "single": dict(px=96, splits=dict(train=(2, 3000), val=(3, 600)), classes=12, objects=(1, 1), side=(40, 80),
                    empty=0, under=(0, 3), over=(0, 1), ground=dict(clouds=1, ramp=2, tiles=3, quilt=2)),
     "unlabeled": dict(px=128, splits=dict(train=(4, 4000)), classes=12, objects=(1, 5), side=(22, 72), empty=.10,
                       under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
 }
-PARTS["seg"] = PARTS["det"]  # the same images
 FILES = {"seg": "JPEGImages/{split}_{i:05d}.jpg",
          "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
 THING_SIDE = (22, 60)   # px, things of no class

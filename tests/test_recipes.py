@@ -57,7 +57,7 @@ def lr_of(c, step):
 # ---- the rows ----------------------------------------------------------------------------------------------------
 
 def test_the_table_has_the_rows_tested_here():
-    assert list(recipes.RECIPES) == ["tiny", *ROWS, "seg-tiny", *SEG_ROWS, "cls-tiny"]
+    assert list(recipes.RECIPES) == ["tiny", *ROWS, "seg-tiny", "seg-fine", *SEG_ROWS, "cls-tiny"]
 
 
 @pytest.mark.parametrize("name", SEG_ROWS)

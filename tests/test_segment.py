@@ -424,6 +424,13 @@ def test_two_processes_are_one(squares, finished, tmp_path):
     assert scores[0] == scores[1] and masks[0] == masks[1] and len(masks[0]) == 32
 
 
+def test_pseudo_labels_of_a_single_class_are_refused(copy, tmp_path):
+    for path in (copy / "SegmentationClass").iterdir():
+        world.save_mask(np.zeros((48, 64) if Image.open(path).size == (64, 48) else (64, 48), np.uint8), path)
+    with pytest.raises(UserError, match="every kept pixel of .*pseudo is ground: the teacher has not learnt"):
+        st.main([*TINY, "--root", str(copy), "--out", str(tmp_path / "run"), "--workers", "0", "--lr", "1e-2"])
+
+
 def test_other_thresholds_and_classes_on_finished_labels_are_refused(finished, squares, tmp_path):
     with pytest.raises(UserError, match="threshold: 0.0 -> 0.3"):
         st.main([*TINY, "--root", str(squares), "--out", str(finished), "--control", "--threshold", "0.3", "--workers", "0"])
