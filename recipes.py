@@ -101,6 +101,7 @@ class Config:
     rounds: int = 1
     control: bool = False
     joint: str = ""
+    scales: str = "0.5,0.75,1,1.25,1.5,1.75"  # Zoph et al. [recalled]
     flip: bool = False
     backbone: str = None
     init: str = "random"
@@ -156,6 +157,7 @@ HELP = {
                    "steps and images per step",
         "joint": "joint training: every step also classifies as many images of this set on the same backbone; shapes (the "
                  "embedded world's single objects) or a folder with train/CLASS/*.jpg",
+        "scales": "seg: pseudo-labels are averaged over the image at these scales",
         "flip": "seg: average pseudo-labels over the mirrored image as well"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),
@@ -195,7 +197,8 @@ def settings(flags, ranks):
         raise UserError(f"--recipe {recipe} is for --task {c['task']}; add that")
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("alpha", "loss_norm", "init", "norm", "seed", "accumulate", "gradient_checkpointing",
-                                             "compile", "workers", "save_every", "eval_every", "flip")})
+                                             "compile", "workers", "save_every", "eval_every", "flip", "scales")})
+    scales(c["scales"])
     check_data(flags.data, flags.task)
     c["student_aug"] = flags.aug or c["student_aug"]
     if flags.student_steps is None and flags.steps is not None:
@@ -252,6 +255,17 @@ def settings(flags, ranks):
 def check_data(name, task):
     if name not in ("shapes", FILES[task]):
         raise UserError(f"--data {name} is not for --task {task}; use shapes or {FILES[task]}")
+
+
+def scales(text):
+    """'0.5,1' -> (0.5, 1.0). UserError for anything else."""
+    try:
+        found = tuple(map(float, text.split(",")))
+        if all(0.1 <= s <= 4 for s in found):
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"--scales {text} is not a list of numbers from 0.1 to 4 such as 0.5,1,1.5")
 
 
 def is_score(text):

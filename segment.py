@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import models
+import recipes
 import runs
 import util
 import voc
@@ -25,7 +26,6 @@ from util import UserError
 TERMS = ["ce"]
 CHECK = "python voc.py"
 METRICS = ["mIoU", "accuracy"]
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of pseudo-labelling; scores are at scale 1
 
 
 def load(flags):
@@ -149,7 +149,7 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
     names, threshold = state["class_names"], float(c["threshold"])
     pseudo_label(folder, net, paths, threshold, c, run, log)
     info = {"teacher": state["path"], "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
-            "threshold": threshold, "classes": names, "scales": SCALES, "flip": c["flip"]}
+            "threshold": threshold, "classes": names, "scales": c["scales"], "flip": c["flip"]}
     result = util.rank0_first(lambda: {"threshold": threshold, **merge(folder, names, info)})
     log.say(f"{folder}: threshold {threshold:.2f} keeps {result['kept']:.0%} of the pixels, the others are ignored; "
             f"{result['images'] - result['with_pixels']} of {result['images']} images keep none and are left out; "
@@ -180,7 +180,7 @@ def pseudo_label(folder, net, paths, threshold, c, run, log):
     todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
     masks.mkdir(exist_ok=True)
     with open(Path(folder) / f"part_{rank}_of_{ranks}.jsonl", "a", buffering=1) as part:
-        for n, (i, found, size) in enumerate(probabilities(net, paths, todo, c, run, SCALES, c["flip"])):
+        for n, (i, found, size) in enumerate(probabilities(net, paths, todo, c, run, recipes.scales(c["scales"]), c["flip"])):
             row = {"i": i, "file": os.fsdecode(bytes(paths[i]))}
             if found is None:
                 row["bad"] = size

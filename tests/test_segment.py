@@ -339,7 +339,7 @@ def test_incomplete_folders_are_refused_in_one_line(copy, tmp_path, change, matc
 
 
 @pytest.mark.parametrize("flags, match", [
-    (("--threshold", "auto"), "auto is for detection"), (("--data", "coco"), "is not for --task seg"),
+    (("--threshold", "auto"), "auto is for detection"), (("--scales", "1,big"), "--scales 1,big is not a list of numbers"), (("--data", "coco"), "is not for --task seg"),
     (("--recipe", "coco-b7"), "is for --task det"), (("--backbone", "spinenet49"), "is for detection")])
 def test_flags_of_the_other_task_are_refused(squares, tmp_path, flags, match):
     with pytest.raises(UserError, match=match):
@@ -380,7 +380,7 @@ def test_threshold_ignores_what_the_teacher_is_not_sure_of(finished, squares, tm
     kept = []
     for row in rows[:3]:
         _, found, size = next(segment.probabilities(net, np.array([row["file"].encode()]), [0], {**state["config"], "workers": 0},
-                                                    CPU, segment.SCALES))
+                                                    CPU, (0.5, 0.75, 1, 1.25, 1.5, 1.75)))
         mask, (sure, index) = voc.read_mask(out / row["mask"], 3), segment.decide(found, size)
         assert (mask == torch.where(sure >= .45, index, 255).numpy()).mean() > .999  # but for ties of rounding between batches
         kept.append((mask != 255).mean())
