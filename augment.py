@@ -15,7 +15,7 @@ for boxes and masks at once, as pure functions (image, target) -> (image, target
     labels int64   (N,)    }
     scores float32 (N,)    } follow their box: dropped when it is dropped
     crowd  bool    (N,)    }
-    mask   uint8   (H, W)  optional; class index, 255 = ignore
+    mask   uint8   (H, W)  optional; class index, 255 = ignore (int32 for other numbers per pixel)
     size   (h, w)          rewritten to that of the returned image
 Any other key is handed through untouched. N = 0 is an ordinary case. The input dict and its arrays are never changed.
 
@@ -323,7 +323,7 @@ def place(image, target, size, scaled, offset=(0, 0)):
 
     target = dict(target)
     if 'mask' in target:
-        mask = np.full((size, size), IGNORE, np.uint8)
+        mask = np.full((size, size), IGNORE, target['mask'].dtype)
         content = Image.fromarray(target['mask']).resize((cw, ch), Image.Resampling.NEAREST, box=source)
         mask[:ch, :cw] = np.asarray(content)
         target['mask'] = mask

@@ -4,6 +4,7 @@ The target dict, everywhere in this project (numpy up to collate, torch after it
     boxes  float32 (N, 4)  xyxy in absolute pixels          labels  int64 (N,)   contiguous 0..K-1, remapped at load
     scores float32 (N,)    1 for human labels               crowd   bool (N,)    COCO's iscrowd
     mask   uint8 (H, W)    class index, 255 = ignore (segmentation only)
+    soft   uint8 (K, H, W) optional with a mask: class probabilities times 255, 0 where the mask is 255 (pseudo-labels)
     image_class  int       class index of the image as a whole, which has no boxes (classification only)
     image_id, size (h, w)                                    N = 0 is an ordinary image
 
@@ -369,8 +370,15 @@ class TrainImages(torch.utils.data.Dataset):
         human = ~target["crowd"]  # crowd regions are not trained on
         for field in ("boxes", "labels", "scores", "crowd"):
             target[field] = target[field][human]
+        soft, mask = target.pop("soft", None), target.get("mask")
+        if soft is not None:  # it is moved as where each pixel comes from
+            target["mask"] = 256 + np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
         image, target = augment.augment(image, target, self.policy, self.size,
                                         np.random.default_rng((self.seed, part, step, slot)))
+        if soft is not None:
+            index = np.where(target["mask"] == augment.IGNORE, 0, target["mask"] - 256)  # (S, S)
+            target["mask"] = np.where(target["mask"] == augment.IGNORE, augment.IGNORE, mask.ravel()[index]).astype(np.uint8)
+            target["soft"] = soft.reshape(len(soft), -1)[:, index] * (target["mask"] != augment.IGNORE)  # (K, S, S)
         return image, target, part, bad
 
 
@@ -412,6 +420,8 @@ def collate(samples):
     if "mask" in targets[0]:
         nowhere = np.full(pixels.shape[1:3], augment.IGNORE, np.uint8)
         batch["masks"] = torch.from_numpy(np.stack([t.get("mask", nowhere) for t in targets]))  # (B, S, S) uint8
+    if soft := [t["soft"] for t in targets if "soft" in t]:
+        batch["soft"] = torch.from_numpy(np.stack([t.get("soft", np.zeros_like(soft[0])) for t in targets]))  # (B, K, S, S) uint8
     if "image_class" in targets[-1]:
         batch["image_class"] = torch.tensor([t.get("image_class", -1) for t in targets])  # (B,)
     if "scale" in targets[0]:

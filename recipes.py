@@ -103,6 +103,7 @@ class Config:
     joint: str = ""
     scales: str = "0.5,0.75,1,1.25,1.5,1.75"  # Zoph et al. [recalled]
     flip: bool = False
+    soft: bool = False
     backbone: str = None
     init: str = "random"
     norm: str = "bn"
@@ -158,7 +159,8 @@ HELP = {
         "joint": "joint training: every step also classifies as many images of this set on the same backbone; shapes (the "
                  "embedded world's single objects) or a folder with train/CLASS/*.jpg",
         "scales": "seg: pseudo-labels are averaged over the image at these scales",
-        "flip": "seg: average pseudo-labels over the mirrored image as well"},
+        "flip": "seg: average pseudo-labels over the mirrored image as well",
+        "soft": "seg: the student learns the teacher's probabilities, not its likeliest class (ours; the paper's are hard)"},
     "network": {
         "backbone": "one of " + ", ".join(backbones.NAMES),
         "init": "of the backbone: random, imagenet (torchvision's weights), our checkpoint of any task (a file, or a stage's "
@@ -197,7 +199,7 @@ def settings(flags, ranks):
         raise UserError(f"--recipe {recipe} is for --task {c['task']}; add that")
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("alpha", "loss_norm", "init", "norm", "seed", "accumulate", "gradient_checkpointing",
-                                             "compile", "workers", "save_every", "eval_every", "flip", "scales")})
+                                             "compile", "workers", "save_every", "eval_every", "flip", "soft", "scales")})
     scales(c["scales"])
     check_data(flags.data, flags.task)
     c["student_aug"] = flags.aug or c["student_aug"]

@@ -1,7 +1,8 @@
 """What segmentation plugs into st.py: data, network, loss, scores, pseudo-labels. detect.py has the same functions.
 
 Softmax cross-entropy over pixels, 255 ignored (TensorFlow TPU code). Pseudo-labels are averaged over six scales, hard, and
-ignored where the largest probability is under the threshold, 0.5 (Zoph et al. 2020: recalled). No soft labels.
+ignored where the largest probability is under the threshold, 0.5 (Zoph et al. 2020: recalled). --soft keeps the probabilities
+(ours): a class that is likely nowhere, such as an outline of one pixel, has no hard label at all, and a student unlearns it.
 """
 import json
 import os
@@ -74,10 +75,17 @@ def criterion(c, device):
     def prepare(batch):
         mask = batch["masks"][:, stride // 2::stride, stride // 2::stride].long()  # (B, H, W)
         labelled = (mask != IGNORE).sum((1, 2)).float()
-        return {"mask": mask}, util.all_sum(torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], labelled))
+        soft = {"soft": batch["soft"][:, :, stride // 2::stride, stride // 2::stride]} if "soft" in batch else {}  # (B, K, H, W)
+        pixels = torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], labelled)
+        return {"mask": mask, **soft}, util.all_sum(pixels)
 
     def losses(logits, targets, part, pixels):
         each = F.cross_entropy(logits.float(), targets["mask"], ignore_index=IGNORE, reduction="none")  # (B, H, W)
+        if "soft" in targets:  # all 0 where labels are hard, and where they are ignored
+            share = targets["soft"].float()
+            total = share.sum(1)  # 255 up to rounding
+            mixed = -(share * logits.float().log_softmax(1)).sum(1) / total.clamp(min=1)
+            each = torch.where(total > 0, mixed, each)
         # Divided by the labelled pixels of its part of the *whole* step, so that pieces and processes add up to one loss.
         return each.sum((1, 2))[:, None] / pixels[part].clamp(min=1)[:, None]
     return prepare, losses
@@ -108,12 +116,15 @@ def probabilities(net, source, index, c, run, scales=(1.0,), flip=False):
         done += evaluation.BATCH
 
 
+def enlarged(found, size):
+    """Probabilities (K, h, w) at the file's size (H, W), class by class: all of a large file's at once would be gigabytes."""
+    return (F.interpolate(one[None, None], size, mode="bilinear", align_corners=False)[0, 0] for one in found)
+
+
 def decide(found, size):
-    """Probabilities (K, h, w) -> the largest and its class (float32, int64; H, W) at the file's size. Class by class: all of
-    a large file's at once would be gigabytes."""
+    """Probabilities (K, h, w) -> the largest and its class (float32, int64; H, W) at the file's size."""
     sure, index = torch.full(size, -1.0, device=found.device), torch.zeros(size, dtype=torch.int64, device=found.device)
-    for k in range(len(found)):
-        here = F.interpolate(found[None, k:k + 1], size, mode="bilinear", align_corners=False)[0, 0]
+    for k, here in enumerate(enlarged(found, size)):
         index = torch.where(here > sure, k, index)
         sure = torch.maximum(sure, here)
     return sure, index
@@ -149,7 +160,8 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
     names, threshold = state["class_names"], float(c["threshold"])
     pseudo_label(folder, net, paths, threshold, c, run, log)
     info = {"teacher": state["path"], "teacher_weights": runs.digest_weights(state["model"]), "teacher_step": state["step"],
-            "threshold": threshold, "classes": names, "scales": c["scales"], "flip": c["flip"]}
+            "threshold": threshold, "classes": names, "scales": recipes.scales(c["scales"]), "flip": c["flip"],
+            "soft": c["soft"]}
     result = util.rank0_first(lambda: {"threshold": threshold, **merge(folder, names, info)})
     log.say(f"{folder}: threshold {threshold:.2f} keeps {result['kept']:.0%} of the pixels, the others are ignored; "
             f"{result['images'] - result['with_pixels']} of {result['images']} images keep none and are left out; "
@@ -162,7 +174,7 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
     if sum(v > 0.0005 for v in result["per_class"].values()) < 2:
         only = f"(almost) every kept pixel of {folder} is {max(result['per_class'], key=result['per_class'].get)}"
         if labelled is not None:
-            raise UserError(f"{only}: the teacher has not learnt to tell classes apart, and a student has nothing to learn from it. "
+            raise UserError(f"{only}: the teacher has not learnt to tell classes apart, and a student would learn nothing. "
                             "Give the teacher more --steps, another --lr or a weaker --aug, in another --out")
         log.say(f"warning: {only}")
     return result
@@ -173,8 +185,8 @@ def load_pseudo(folder, result, labelled):
 
 
 def pseudo_label(folder, net, paths, threshold, c, run, log):
-    """Writes masks/IMAGE.png, index masks with 255 where the teacher is not sure, and a line per image in part_*.jsonl;
-    images done before are skipped."""
+    """Writes masks/IMAGE.png, index masks with 255 where the teacher is not sure, with c["soft"] also the probabilities beside
+    them, and a line per image in part_*.jsonl; images done before are skipped."""
     (rank, ranks, _, _), masks, began = run, Path(folder) / "masks", time.time()
     done = util.rank0_first(lambda: data.finished_images(folder, len(paths)))
     todo = [i for i in range(rank, len(paths), ranks) if not done[i]]
@@ -189,12 +201,20 @@ def pseudo_label(folder, net, paths, threshold, c, run, log):
                 index = torch.where(sure >= threshold, index, IGNORE).byte().cpu().numpy()  # (H, W)
                 row.update(mask=f"{i:07d}.png", size=index.shape,
                            pixels=np.bincount(index.ravel(), minlength=256)[[*range(len(found)), IGNORE]].tolist())
+                if c["soft"]:
+                    soft = np.stack([(255 * one).round().byte().cpu().numpy() for one in enlarged(found, size)])  # (K, H, W)
+                    runs.write_atomic(masks / f"{i:07d}.npz", lambda path: save_soft(soft, path))
                 runs.write_atomic(masks / row["mask"], lambda path: world.save_mask(index, path))
             part.write(json.dumps(row) + "\n")
             if (n + 1) % 200 == 0:
                 log.progress("pseudo", n + 1, len(todo), began, 0, images_s=(n + 1) / (time.time() - began))
     if ranks > 1:
         torch.distributed.barrier()
+
+
+def save_soft(soft, path):
+    with open(path, "wb") as f:
+        np.savez_compressed(f, soft=soft)
 
 
 def merge(folder, names, info):

@@ -393,7 +393,7 @@ def pipeline(flags, c, out, human, held, joint, paths, val, data_deps, run, log)
     # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
     # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
     free = ["workers", "save_every", "eval_every", "steps", "student_steps", "alpha", "loss_norm", "threshold", "student_aug",
-            "student_batch", "flip", "scales", "gradient_checkpointing"]
+            "student_batch", "flip", "soft", "scales", "gradient_checkpointing"]
     free += ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
     same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
     if c["init"] not in ("random", "imagenet"):
@@ -427,8 +427,10 @@ def pipeline(flags, c, out, human, held, joint, paths, val, data_deps, run, log)
 def label_deps(c, source, run):
     """What pseudo-labels depend on. A mask holds its threshold and scales; boxes and classes are stored with scores, under
     any threshold."""
-    masks = {"threshold": float(c["threshold"]), "flip": c["flip"], "scales": recipes.scales(c["scales"])} if c["task"] == "seg" else {}
-    return {**source, "image_size": c["image_size"], "precision": str(run[3]), **masks}
+    source = {**source, "image_size": c["image_size"], "precision": str(run[3])}
+    if c["task"] == "seg":
+        source.update(threshold=float(c["threshold"]), flip=c["flip"], soft=c["soft"], scales=recipes.scales(c["scales"]))
+    return source
 
 
 def table(results, metrics):
@@ -484,7 +486,7 @@ def use_checkpoint(flags, run):
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
     c = {"task": "det", "joint": 0, **state["config"], "workers": flags.workers, "gradient_checkpointing": False,
-         "flip": flags.flip, "scales": flags.scales}
+         "flip": flags.flip, "soft": flags.soft, "scales": flags.scales}
     recipes.check_data(flags.data, c["task"])
     if flags.mode == "eval":
         net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]

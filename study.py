@@ -226,8 +226,8 @@ def plan(study, o):
 # Which flags the stages of st.py do not depend on (st.pipeline has the other side of this). Boxes and classes are stored with
 # their scores, so that another threshold relabels nothing; masks are not.
 LATER = ("mode", "control", "alpha", "student_init", "student_steps", "loss_norm", "rounds")
-FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip", "scales"), "pseudo": LATER,
-        "control": ("alpha", "loss_norm", "unlabeled", "threshold", "flip", "scales")}
+FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip", "soft", "scales"), "pseudo": LATER,
+        "control": ("alpha", "loss_norm", "unlabeled", "threshold", "flip", "soft", "scales")}
 
 
 def stage_key(flags, stage):

@@ -29,6 +29,7 @@ class Masks:
     class_names: list
     annotation_file: str    # the list
     dropped = {}            # nothing is left out at load
+    soft: bool = False      # whether next to a mask MASK.png lie probabilities in MASK.npz, "soft" (K, H, W) uint8
 
     def __len__(self):
         return len(self.ids)
@@ -42,7 +43,9 @@ class Masks:
     def read(self, i):
         """(image, target with "mask"); data.BadImage if either file cannot be used, or they differ in size."""
         mask = read_mask(self.mask_path(i), len(self.class_names))
-        return data.read_image(self.path(i), mask.shape), {**data.nothing(int(self.rows[i])), "size": mask.shape, "mask": mask}
+        soft = {"soft": np.load(Path(self.mask_path(i)).with_suffix(".npz"))["soft"]} if self.soft else {}
+        return data.read_image(self.path(i), mask.shape), {
+            **data.nothing(int(self.rows[i])), "size": mask.shape, "mask": mask, **soft}
 
     def subset(self, index):
         index = np.asarray(index, dtype=np.int64)
@@ -119,12 +122,13 @@ def images_of(root, name):
 
 def load_pseudo_masks(path, class_names):
     """pseudo.json of segment.py as Masks."""
-    rows = data.read_json(path, "list of pseudo-labels", ["images"])["images"]
+    found = data.read_json(path, "list of pseudo-labels", ["images"])
+    rows, soft = found["images"], found.get("info", {}).get("soft", False)
     folder = os.path.dirname(os.path.abspath(path))
     files = [os.fsencode(os.path.abspath(row["file"])) for row in rows]
     return Masks(folder, np.array(files, dtype=np.bytes_), np.array([os.fsencode(row["mask"]) for row in rows], dtype=np.bytes_),
                  np.arange(len(rows)).astype(str), np.arange(len(rows)), list(range(len(class_names))), list(class_names),
-                 str(path))
+                 str(path), soft)
 
 
 def read_mask(path, classes, size=None):

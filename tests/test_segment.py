@@ -1,10 +1,12 @@
 """Segmentation: the arithmetic against references, the masks' files, and the same promises of the pipeline as for detection."""
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,8 +30,8 @@ import world
 from conftest import ROOT, killed, records, start
 from util import UserError
 
-TINY = ["--task", "seg", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--norm", "gn",
-        "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3", "--save-every", "4"]
+TINY = ["--task", "seg", "--recipe", "seg-fine", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12",
+        "--norm", "gn", "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3", "--save-every", "4"]
 CPU = (0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -181,6 +183,39 @@ def test_loss_in_pieces_is_the_whole_and_images_without_labels_cost_nothing():
     assert losses(logits, targets, b["part"], pixels).sum() == 0
 
 
+def test_soft_loss_is_the_cross_entropy_with_probabilities_and_that_of_hard_labels_where_they_are_certain():
+    (b, logits), p = batch(1), torch.rand(6, 4, 32, 32, generator=torch.Generator().manual_seed(1)).softmax(1)
+    prepare, losses = segment.criterion({"stride": 1}, torch.device("cpu"))
+    hard = losses(logits, *(lambda t, n: (t, b["part"], n))(*prepare(b)))
+    known = (b["masks"] != 255)[:, None]
+    b["soft"] = (255 * p).round().byte() * known
+    b["soft"][0::2] = 0  # the human half
+    each = losses(logits, *(lambda t, n: (t, b["part"], n))(*prepare(b)))
+    assert torch.equal(each[0::2], hard[0::2])
+    reference = F.cross_entropy(logits[1::2], b["soft"][1::2] / b["soft"][1::2].sum(1, keepdim=True).clamp(min=1), reduction="none")
+    assert each[1::2].sum() == pytest.approx((reference[known[1::2, 0]].mean()).item(), rel=1e-5)
+    b["soft"] = 255 * (F.one_hot(b["masks"].long().clamp(max=3)).permute(0, 3, 1, 2) * known).byte()
+    assert torch.allclose(losses(logits, *(lambda t, n: (t, b["part"], n))(*prepare(b))), hard, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["s1", "s2", "s3", "s4"])
+def test_soft_labels_move_as_their_mask_does(squares, tmp_path, policy):
+    pseudo = replace(voc.load_voc(squares, "train"), soft=True)
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for i in range(4):
+        mask = voc.read_mask(pseudo.mask_path(i), 3)
+        world.save_mask(mask, folder / f"{i}.png")
+        segment.save_soft(np.stack([255 * (mask == k) for k in range(3)]).astype(np.uint8), folder / f"{i}.npz")
+    pseudo.masks = np.array([os.fsencode(folder / f"{i}.png") for i in range(4)])
+    hard, soft = (data.TrainImages([part], policy, 48, seed=3) for part in (replace(pseudo, soft=False), pseudo))
+    for key in [(0, step, 0, step % 4) for step in range(12)]:
+        (image, target, *_), (same, moved, *_) = hard[key], soft[key]
+        assert image.tobytes() == same.tobytes() and moved["mask"].dtype == np.uint8
+        assert np.array_equal(moved["mask"], target["mask"])
+        assert np.array_equal(moved["soft"], np.stack([255 * (target["mask"] == k) for k in range(3)]))
+
+
 # ---- prediction --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -198,7 +233,7 @@ def test_one_scale_is_multi_scale_with_that_scale_and_probabilities_are_the_netw
     canvas, _, scale = augment.fit(image, data.nothing(3), 64)
     with torch.no_grad():
         logits = net(evaluation.normalise(torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)[None], torch.device("cpu")))
-    want = logits.softmax(1)[0, :, :image.height, :image.width]
+    want = F.interpolate(logits, (64, 64), mode="bilinear").softmax(1)[0, :, :image.height, :image.width]
     assert once.shape == (3, image.height, image.width) and scale == 1 and torch.allclose(once, want, atol=1e-5)
     assert torch.allclose(once.sum(0), torch.ones(()), atol=1e-5)
 
@@ -387,6 +422,24 @@ def test_threshold_ignores_what_the_teacher_is_not_sure_of(finished, squares, tm
     assert 0 < np.mean(kept) < 1
 
 
+def test_a_student_of_soft_labels_and_what_they_are(finished, squares, tmp_path):
+    out = tmp_path / "soft"
+    shutil.copytree(finished / "teacher", out / "teacher")
+    st.main([*TINY, "--root", str(squares), "--out", str(out), "--workers", "0", "--soft", "--threshold", "0.4"])
+    rows = json.loads((out / "pseudo/pseudo.json").read_text())
+    pseudo, kept = voc.load_pseudo_masks(out / "pseudo/pseudo.json", ["ground", "dark", "bright"]), []
+    assert rows["info"]["soft"] and pseudo.soft
+    for i in range(3):
+        target = pseudo.read(i)[1]
+        assert (abs(target["soft"].astype(int).sum(0) - 255) <= 2).all() and target["soft"].shape[1:] == target["mask"].shape
+        known = target["mask"] != 255
+        assert (target["soft"].argmax(0) == target["mask"])[known].mean() > .99 and (target["soft"].max(0)[known] >= 101).all()
+        kept.append(known.mean())
+    assert 0 < np.mean(kept) < 1 and records(out, "student")[12]["ce_pseudo"] > 0
+    with pytest.raises(UserError, match="soft: True -> False"):
+        st.main([*TINY, "--root", str(squares), "--out", str(out), "--workers", "0", "--threshold", "0.4"])
+
+
 def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(squares, finished, tmp_path):
     args = [*TINY, "--root", str(squares), "--out", str(tmp_path / "run"), "--workers", "1", "--control"]
     for place, count in (("torch.optim.AdamW.step", 6), ("os.replace", 4), ("world.save_mask", 3), ("world.save_mask", 5),
@@ -453,7 +506,7 @@ def test_masks_of_other_meaning_are_other_data(squares, finished, tmp_path):
 def test_a_half_without_labels_does_not_upset_the_joint_loss(copy, tmp_path):
     """Pseudo-labels of one pixel an image: most steps see none. The ratio of the losses must not explode."""
     out = tmp_path / "run"
-    flags = [*TINY, "--root", str(copy), "--out", str(out), "--workers", "0", "--steps", "3", "--student-steps", "12"]
+    flags = [*TINY, "--root", str(copy), "--out", str(out), "--workers", "0"]
     st.main([*flags, "--mode", "train"])
     st.main(flags)  # to have the stage's record
     for path in (out / "pseudo/masks").iterdir():
