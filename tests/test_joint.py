@@ -17,8 +17,8 @@ from test_segment import voc_folder
 from util import UserError
 
 TINY = ["--task", "seg", "--recipe", "seg-fine", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "8",
-        "--student-steps", "8", "--norm", "gn", "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3", "--save-every", "4",
-        "--eval-every", "3"]
+        "--student-steps", "8", "--norm", "gn", "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3",
+        "--save-every", "4", "--eval-every", "3"]
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ import world
 from conftest import ROOT, killed, records, start
 from util import UserError
 
-TINY = ["--task", "seg", "--recipe", "seg-fine", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12",
-        "--norm", "gn", "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3", "--save-every", "4"]
+TINY = ["--task", "seg", "--recipe", "seg-fine", "--data", "voc", "--image-size", "64", "--batch", "4", "--steps", "12",
+        "--student-steps", "12", "--norm", "gn", "--precision", "fp32", "--threshold", "0.0", "--labeled", "0.5", "--lr", "1e-3", "--save-every", "4"]
 CPU = (0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -306,7 +306,7 @@ def test_the_worlds_masks_are_those_of_its_objects(tmp_path):
     train = voc.load_voc(root, "train")
     assert train.class_names == ["background", *world.CLASSES] and len(voc.load_voc(root, "val")) == 2
     for i in range(6):
-        image, boxes, labels, mask = world.draw(world.SEED, "train", i)
+        image, boxes, labels, mask = world.draw(world.SEED, "train", i, "seg")
         got = train.read(i)[1]["mask"]
         assert (got == mask).all() and set(np.unique(got)) - {0} == {k + 1 for k in labels}
 

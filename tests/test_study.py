@@ -369,7 +369,7 @@ def test_a_study_of_the_real_program(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SETTINGS", {("voc", "seg"): "--eval-every 2"})
     root = world.build(tmp_path, "seg", {"train": 10, "val": 2})
     study.main(["student-init", "--world", "voc", "--root", str(root), "--unlabeled", str(root / "JPEGImages"), "--seeds", "1",
-                "--recipe", "seg-tiny", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
+                "--recipe", "seg-fine", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
                 "--", "--image-size", "64", "--batch", "4", "--steps", "4", "--student-steps", "4", "--threshold", "0.01"])
     r = json.loads((tmp_path / "results/student-init.json").read_text())
     values = {(c["row"], c["column"]): c["values"] for c in r["cells"]}
