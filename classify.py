@@ -70,7 +70,7 @@ def load_folder(root, split, class_names=None):
     """
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise UserError(f"no folder {folder}; --root must hold train/CLASS/*.jpg and val/CLASS/*.jpg, a folder for every class")
+        raise UserError(f"no folder {folder}; there must be train/CLASS/*.jpg and val/CLASS/*.jpg, a folder for every class")
     names = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith("."))
     if class_names is None and len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders; give it two or more, each with the images of one class")
@@ -133,7 +133,8 @@ def criterion(c, device):
 
 def joined(prepare, losses):
     """prepare and losses of another task for joint training: part 2 of a batch is classified, its loss a column of its own.
-    The last layer's size, the weight of this loss and the make-up of a step are unknown of the paper's."""
+    Images 1:1 with the labelled ones and the normalised loss are the paper's [recalled]; its head and, with pseudo-labels beside
+    it, the make-up of a step are unknown (there the same images carry both labels, here they are parts of their own)."""
     def prepare_all(batch):
         targets, counts = prepare(batch)  # images of part 2 have neither boxes nor labelled pixels
         images = util.all_sum((batch["part"] == 2).sum().float())
@@ -202,13 +203,12 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
     log.say(f"{folder}: threshold {threshold:.2f} keeps {kept} of {result['images']} images; {result['bad']} unusable images\n"
             "  " + ", ".join(f"{k} {n}" for k, n in often[:20])
             + (f", {len(often) - 20} rarer classes" if len(often) > 20 else ""))
-    advice = "Train the teacher longer, or delete that folder and "
     if kept < 0.02 * (result["images"] - result["bad"]) or not kept:
         raise UserError(f"{folder} is (almost) empty: {kept} of {result['images'] - result['bad']} usable images reach the "
-                        f"threshold {threshold:.2f}. {advice}lower --threshold")
+                        f"threshold {threshold:.2f}. Train the teacher longer, or lower --threshold")
     if often[0][1] == kept and labelled:
-        raise UserError(f"{folder}: all {kept} kept images are labelled {often[0][0]}, which teaches nothing. {advice}give other "
-                        "--unlabeled images")
+        raise UserError(f"{folder}: all {kept} kept images are labelled {often[0][0]}, which teaches nothing. Train the "
+                        "teacher longer, or delete that folder and give other --unlabeled images")
     return result
 
 

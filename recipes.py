@@ -184,7 +184,8 @@ HELP = {
         "device": "{auto|cpu|cuda} auto: the GPU if there is one",
         "workers": "loader processes per training process; -1: 1 on a CPU, up to 8 with a GPU",
         "save_every": "steps between checkpoints (0: a tenth of the stage)",
-        "eval_every": "steps between scores on the validation set during training (0: only at its end)",
+        "eval_every": "steps between scores on the validation set during training (0: only at its end; what is finished is not "
+                      "scored again)",
         "dry_run": "print the effective settings, parameters, steps and memory, and exit"},
 }
 
@@ -213,7 +214,8 @@ def settings(flags, ranks):
         c["init"] = str(runs.newest(c["init"])[0] or c["init"])
     row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
     coarsest = math.ceil(size / 2 ** c.get("levels", (2, 5))[1]) ** 2  # cells of the last level
-    for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0)):
+    for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0),
+                        ("eval_every", 0)):
         if not c[name] >= least:
             raise UserError(f"--{name.replace('_', '-')} {c[name]} is too small; give {least} or more")
     for wrong, line in (
@@ -235,9 +237,11 @@ def settings(flags, ranks):
              "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel or image is labelled"),
             (c["norm"] == "frozen" and c["init"] == "random",
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
-            (flags.joint and (c["task"] == "cls" or c["compile"]),
-             "--joint adds classification to --task det or seg, and its batches cannot be compiled; leave out "
-             + ("--compile" if c["task"] != "cls" else "it")),
+            (flags.joint and c["task"] == "cls", "--joint adds classification to --task det or seg; leave it out"),
+            (flags.joint and (c["compile"] or flags.dry_run),
+             "--joint works neither with --compile nor with --dry-run, which would count too little; leave one out"),
+            (c["task"] != "seg" and (flags.soft or flags.flip or flags.scales != Config.scales),
+             "--soft, --flip and --scales are for --task seg; leave them out"),
             (c["compile"] and c["gradient_checkpointing"],
              "--compile decides by itself what to recompute; leave out --gradient-checkpointing, or --compile"),
             (flags.ckpt, "--ckpt is for --mode pseudo and eval; to start a backbone from weights use --init"),

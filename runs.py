@@ -164,7 +164,7 @@ def note_bad(folder, bad, seen):
 def fail_nonfinite(folder, step, batch, per_image, rank):
     """Saves which images and boxes made the loss infinite or NaN, then ends the run; checkpoints are untouched."""
     rows = (~per_image.isfinite().all(1)).nonzero().flatten().tolist()
-    report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo")[int(batch["part"][i])],
+    report = [{"image_id": int(batch["image_id"][i]), "part": ("human", "pseudo", "joint")[int(batch["part"][i])],
                "losses": [str(v) for v in per_image[i].tolist()],
                "boxes": batch["boxes"][i][batch["labels"][i] >= 0].tolist()} for i in rows]
     path = Path(folder) / f"nonfinite_step{step}_rank{rank}.json"

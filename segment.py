@@ -107,8 +107,8 @@ def probabilities(net, source, index, c, run, scales=(1.0,), flip=False):
             for mirror in (False, True)[:1 + flip]:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits = net(x.flip(3) if mirror else x).float()
-                enlarged = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False).softmax(1)
-                mean = mean + (enlarged.flip(3) if mirror else enlarged) / (len(scales) * (1 + flip))  # (B, K, S, S)
+                found = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False).softmax(1)
+                mean = mean + (found.flip(3) if mirror else found) / (len(scales) * (1 + flip))  # (B, K, S, S)
         window, bad = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1).int().tolist(), dict(rows["bad"])
         for j in range(min(evaluation.BATCH, len(index) - done)):  # the last batch is filled up with repeats
             h, w = window[j]
@@ -173,7 +173,7 @@ def label(folder, net, state, paths, held, labelled, c, run, log):
                         "lower --threshold")
     if sum(v > 0.0005 for v in result["per_class"].values()) < 2:
         only = f"(almost) every kept pixel of {folder} is {max(result['per_class'], key=result['per_class'].get)}"
-        if labelled is not None:
+        if labelled is not None and not c["soft"]:
             raise UserError(f"{only}: the teacher has not learnt to tell classes apart, and a student would learn nothing. "
                             "Give the teacher more --steps, another --lr or a weaker --aug, in another --out")
         log.say(f"warning: {only}")

@@ -106,7 +106,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     outputs = forward(evaluation.normalise(batch["images"][rows], device), *[part] * joint)
                 each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
-                loss = ops.joint_loss([each[part == k].sum() for k in used], averages, c["alpha"], c["loss_norm"] == "on")
+                loss = combined([each[part == k].sum() for k in used], averages, c, joint)
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
             per_image.append(each.detach())
             objective += loss.detach()
@@ -149,6 +149,14 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
     return curve
 
 
+def combined(sums, averages, c, joint):
+    """Loss of a step from the sums of its used parts. Classification joins, in equal parts, what human and pseudo-labels make:
+    so it weighs the same with and without pseudo-labels, in student and control (how the paper does both is unknown)."""
+    n, normalise = len(sums) - joint, c["loss_norm"] == "on"
+    loss = ops.joint_loss(sums[:n], averages[[*range(n), -1]], c["alpha"], normalise)
+    return ops.joint_loss([loss, sums[-1]], averages[[0, -2, -1]], 1.0, normalise) if joint else loss
+
+
 # ---- what the algorithm is made of -------------------------------------------------------------------------------
 
 def build(c, classes):
@@ -157,8 +165,8 @@ def build(c, classes):
     torch.manual_seed(c["seed"])
     norm, backbone_norm = {"frozen": ("bn", "frozen"), "torchvision": ("none", "frozen")}.get(c["norm"], (c["norm"], c["norm"]))
     net = TASKS[c["task"]].network(c, classes, norm, backbone_norm)
-    if c.get("joint"):  # settings that st.main has not seen, older checkpoints and torchvision's detector have none
-        net.joint = torch.nn.Linear(net.backbone.channels[5], c["joint"])
+    if "joint_classes" in c:
+        net.joint = torch.nn.Linear(net.backbone.channels[5], c["joint_classes"])
     for name, module in net.named_modules():  # EfficientNet keeps its own momentum, as in the TPU code
         if isinstance(module, torch.nn.BatchNorm2d) and not (name.startswith("backbone.") and "efficientnet" in c["backbone"]):
             module.momentum = c["momentum"]
@@ -346,7 +354,6 @@ def main(argv=None):
     if flags.mode in ("pseudo", "eval"):
         return use_checkpoint(flags, run)
     c, out = recipes.settings(flags, ranks), Path(flags.out)
-    c["joint"] = recipes.CLASSES["cls"] if flags.joint else 0  # size of the added classifier; 0: none
     if flags.dry_run:
         classes = recipes.CLASSES[c["task"]]
         with torch.device("meta"):
@@ -363,6 +370,10 @@ def main(argv=None):
         train_set.annotation_file, train_set.ids, flags.labeled, flags.seed)
     human, held, rest = data.apply_split(split, train_set, hold_out=c["threshold"] == "auto")
     paths = util.rank0_first(lambda: unlabelled_paths(flags, human, held, rest, val, log)) if flags.mode == "run" else []
+    joint = classify.load_folder(util.rank0_first(lambda: joint_root(flags)), "train") if flags.joint else []
+    if flags.joint:
+        c["joint_classes"] = len(joint.class_names)
+        log.say(f"joint training with {len(joint)} images of {c['joint_classes']} classes in {joint.root}")
     if rank == 0 and not (out / "config.json").exists():  # a command that is refused further on leaves no trace
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
         runs.write_json(out / "split.json", split)
@@ -371,14 +382,10 @@ def main(argv=None):
     for found in (train_set, val):
         for reason, n in found.dropped.items():
             log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
-    joint = classify.load_folder(util.rank0_first(lambda: joint_root(flags)), "train") if flags.joint else []
-    if flags.joint:
-        c["joint"] = len(joint.class_names)
-        log.say(f"joint training with {len(joint)} images of {c['joint']} classes in {joint.root}")
     results = pipeline(flags, c, out, human, held, joint, paths, val, {
         "annotations": split["annotations_sha256"], "validation": data.file_digest(val.annotation_file),
         "split": runs.digest(split["labeled"]), "held_out": len(held),
-        **({"classified": data.file_digest(joint.root), "weights": [c["alpha"], c["loss_norm"]]} if flags.joint else {}),
+        **({"classified": data.file_digest(joint.root), "loss_norm": c["loss_norm"]} if flags.joint else {}),
         **util.rank0_first(lambda: task.data_deps(train_set, val))}, run, log)
     if rank == 0:
         runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
@@ -465,8 +472,9 @@ def unlabelled_paths(flags, human, held, rest, val, log):
 
 def joint_root(flags):
     """The class folders of --joint: DIR with train/CLASS/*.jpg, or the embedded world's single objects."""
-    return classify.locate(replace(flags, data="shapes" if flags.joint == "shapes" else "folder", root=(
-        flags.root if flags.joint == "shapes" else flags.joint)))
+    if flags.joint != "shapes":
+        return flags.joint
+    return classify.locate(replace(flags, data="shapes", root=flags.root if flags.data == "shapes" else Config.root))
 
 
 def given_images(flags):
@@ -478,14 +486,14 @@ def given_images(flags):
 def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
     ignored = [f for f in ("backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
-               if getattr(flags, f) is not None] + ["dry_run"] * flags.dry_run
+               if getattr(flags, f) is not None] + [f for f in ("dry_run", "joint", "eval_every") if getattr(flags, f)]
     if ignored:
         raise UserError(f"--mode {flags.mode} takes the network and its settings from --ckpt; leave out "
                         + ", ".join("--" + f.replace("_", "-") for f in ignored))
     if not flags.ckpt:
         raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
     state = read_checkpoint(flags.ckpt)
-    c = {"task": "det", "joint": 0, **state["config"], "workers": flags.workers, "gradient_checkpointing": False,
+    c = {"task": "det", **state["config"], "workers": flags.workers, "gradient_checkpointing": False,
          "flip": flags.flip, "soft": flags.soft, "scales": flags.scales}
     recipes.check_data(flags.data, c["task"])
     if flags.mode == "eval":

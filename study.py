@@ -233,7 +233,7 @@ FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip", "soft", "scales"),
 def stage_key(flags, stage):
     """Runs that agree in this have that stage in common, for the same seed."""
     free = {*FREE[stage], *["threshold"] * (stage == "pseudo" and flags["task"] != "seg")}
-    free -= {"alpha", "loss_norm"} if "joint" in flags else set()  # which also weigh the classification loss
+    free -= {"loss_norm"} if "joint" in flags else set()  # which classification has as well
     kept = {k: v for k, v in flags.items() if k not in free}
     row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]), {})
     return runs.digest([kept, (flags.get("threshold") or row.get("threshold")) == "auto"])  # auto holds labelled images out

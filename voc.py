@@ -5,6 +5,7 @@
 import argparse
 import hashlib
 import os
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class Masks:
     def read(self, i):
         """(image, target with "mask"); data.BadImage if either file cannot be used, or they differ in size."""
         mask = read_mask(self.mask_path(i), len(self.class_names))
-        soft = {"soft": np.load(Path(self.mask_path(i)).with_suffix(".npz"))["soft"]} if self.soft else {}
+        soft = {"soft": read_soft(Path(self.mask_path(i)).with_suffix(".npz"), mask.shape)} if self.soft else {}
         return data.read_image(self.path(i), mask.shape), {
             **data.nothing(int(self.rows[i])), "size": mask.shape, "mask": mask, **soft}
 
@@ -148,6 +149,18 @@ def read_mask(path, classes, size=None):
     if wrong.size:
         raise data.BadImage(f"{path}: holds class {wrong.max()}, but there are only {classes} (0 to {classes - 1}; 255: ignore)")
     return mask
+
+
+def read_soft(path, size):
+    """(K, H, W) uint8 probabilities of a soft label; data.BadImage unless it is a file of segment.save_soft of that size."""
+    try:
+        with np.load(path) as file:
+            soft = file["soft"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise data.BadImage(f"{path}: {str(error) or type(error).__name__}")
+    if soft.shape[1:] != size:
+        raise data.BadImage(f"{path}: is of another size than its mask")
+    return soft
 
 
 # ---- command line ------------------------------------------------------------------------------------------------

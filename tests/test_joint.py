@@ -84,7 +84,7 @@ def test_every_stage_sees_the_classification_set_(finished):
         assert log[8]["class_joint"] > 0 and ("ce_pseudo" in log[1]) == (stage == "student")
     teacher, state = (runs.load_checkpoint(finished / stage) for stage in ("teacher", "student"))
     assert not torch.equal(teacher["model"]["joint.weight"], state["model"]["joint.weight"])
-    assert state["model"]["joint.weight"].shape[0] == 3 == state["config"]["joint"] and len(state["averages"]) == 4
+    assert state["model"]["joint.weight"].shape[0] == 3 == state["config"]["joint_classes"] and len(state["averages"]) == 4
     assert json.loads((finished / "control/stage.json").read_text())["deps"]["images_per_step"] == [8, 0, 4]
 
 
@@ -123,6 +123,21 @@ def test_detection_trains_jointly_too(tmp_path):
              "--workers", "0", "--precision", "fp32", "--norm", "gn", "--threshold", "0.5"])
     log = records(tmp_path / "run", "teacher")
     assert log[3]["class_joint"] > 0 and log[3]["box"] > 0 and "box_joint" not in log[3] and "class" not in log[3]
+
+
+def test_a_loss_that_is_not_finite_is_reported_for_every_part(tmp_path):
+    b = {"image_id": torch.arange(3), "part": torch.arange(3), "boxes": torch.zeros(3, 0, 4), "labels": torch.zeros(3, 0)}
+    with pytest.raises(UserError, match="loss is not finite at step 7"):
+        runs.fail_nonfinite(tmp_path, 7, b, torch.full((3, 2), torch.nan), 0)
+    assert [row["part"] for row in json.loads(next(tmp_path.glob("*.json")).read_text())] == ["human", "pseudo", "joint"]
+
+
+def test_classification_weighs_the_same_with_and_without_pseudo_labels():
+    c, (h, p, k) = {"alpha": 0.5, "loss_norm": "on"}, torch.tensor([3.0, 4.0, 5.0])
+    averages = torch.tensor([3.0, 8.0, 0.5, 1.0], dtype=torch.float64)
+    assert st.combined([h, k], averages[[0, 2, 3]], c, True).item() == pytest.approx((3 + 3 / 0.5 * 5) / 2)
+    assert st.combined([h, p, k], averages, c, True).item() == pytest.approx(((3 + 0.5 * 3 / 8 * 4) / 1.5 + 3 / 0.5 * 5) / 2)
+    assert st.combined([h, p], averages[[0, 1, 3]], c, False).item() == pytest.approx((3 + 0.5 * 3 / 8 * 4) / 1.5)
 
 
 @pytest.mark.parametrize("flags, match", [

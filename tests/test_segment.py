@@ -374,7 +374,8 @@ def test_incomplete_folders_are_refused_in_one_line(copy, tmp_path, change, matc
 
 
 @pytest.mark.parametrize("flags, match", [
-    (("--threshold", "auto"), "auto is for detection"), (("--scales", "1,big"), "--scales 1,big is not a list of numbers"), (("--data", "coco"), "is not for --task seg"),
+    (("--threshold", "auto"), "auto is for detection"), (("--scales", "1,big"), "--scales 1,big is not a list of numbers"),
+    (("--task", "det", "--data", "shapes", "--recipe", "tiny", "--soft"), "are for --task seg"), (("--eval-every", "-1"), "too small"), (("--data", "coco"), "is not for --task seg"),
     (("--recipe", "coco-b7"), "is for --task det"), (("--backbone", "spinenet49"), "is for detection")])
 def test_flags_of_the_other_task_are_refused(squares, tmp_path, flags, match):
     with pytest.raises(UserError, match=match):
@@ -420,6 +421,17 @@ def test_threshold_ignores_what_the_teacher_is_not_sure_of(finished, squares, tm
         assert (mask == torch.where(sure >= .45, index, 255).numpy()).mean() > .999  # but for ties of rounding between batches
         kept.append((mask != 255).mean())
     assert 0 < np.mean(kept) < 1
+
+
+@pytest.mark.parametrize("content", [None, b"junk", b"PK\x03\x04 half a zip"])
+def test_probabilities_that_cannot_be_read_are_a_bad_image(squares, tmp_path, content):
+    part = replace(voc.load_voc(squares, "val"), soft=True)
+    world.save_mask(voc.read_mask(part.mask_path(0), 3), tmp_path / "0.png")
+    part.masks = np.array([os.fsencode(tmp_path / "0.png")])
+    if content:
+        (tmp_path / "0.npz").write_bytes(content)
+    with pytest.raises(data.BadImage, match="0.npz"):
+        part.read(0)
 
 
 def test_a_student_of_soft_labels_and_what_they_are(finished, squares, tmp_path):
