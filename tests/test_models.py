@@ -447,8 +447,8 @@ def test_losses_are_divided_by_the_positives_of_their_own_part_plus_one():
     batch, anchors = labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
     targets, positives = detect.assign(batch, anchors)
     matched, classes = targets["matched"], targets["classes"]
-    count = [int((matched[batch["part"] == p] >= 0).sum()) for p in (0, 1)]
-    assert positives.tolist() == count and count[0] != count[1] and min(count) > 0
+    count = [int((matched[batch["part"] == p] >= 0).sum()) for p in (0, 1, 2)]
+    assert positives.tolist() == count and count[0] != count[1] and min(count[:2]) > 0
     logits, deltas = torch.randn(4, len(anchors), 5), torch.randn(4, len(anchors), 4)
     got = detect.losses_of((logits, deltas), targets, batch["part"], positives, anchors)
     focal, box = ops.focal_loss(logits, classes), ops.box_loss(deltas, batch["boxes"], anchors, matched)
@@ -467,4 +467,4 @@ def test_assign_names_the_class_of_each_positive_anchors_box():
     assert (matched[2] == ops.NEGATIVE).all() and (classes[0] >= 0).any()
     empty = {**batch, "boxes": torch.zeros(4, 0, 4), "labels": torch.zeros(4, 0, dtype=torch.int64)}
     targets, positives = detect.assign(empty, anchors)
-    assert (targets["classes"] == ops.NEGATIVE).all() and positives.tolist() == [0, 0]
+    assert (targets["classes"] == ops.NEGATIVE).all() and positives.tolist() == [0, 0, 0]
