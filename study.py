@@ -47,7 +47,8 @@ RISING = 0.01
 
 # ---- what is run -------------------------------------------------------------------------------------------------
 
-# Frozen before any study was run: the flags of every run, by world and task (cls is the pre-training).
+# The flags of every run, by world and task (cls is the pre-training). PLACEHOLDERS for shapes: they, and how many labels are
+# 100%, are to be settled by `study.py regime` alone and frozen before any other study is run.
 SETTINGS = {
     ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",
     ("shapes", "seg"): "--steps 2000 --student-steps 700 --eval-every 100",
