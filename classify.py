@@ -27,7 +27,6 @@ import eval as evaluation
 import models
 import runs
 import util
-import world
 from util import UserError
 
 TERMS = ["ce"]
@@ -100,12 +99,7 @@ def load_val(flags, class_ids, class_names):
 
 
 def locate(flags):
-    if flags.data == "folder":
-        return flags.root
-    try:
-        return world.build(flags.root, "single")
-    except FileExistsError as error:
-        raise UserError(f"{error}; give another --root for the embedded world")
+    return flags.root if flags.data == "folder" else data.embedded(flags.root, "single")
 
 
 def data_deps(train, val):
@@ -176,10 +170,7 @@ def evaluate(net, c, val, run, log):
             continue
         count[:, val.labels[i]] += torch.tensor([found.argmax() == val.labels[i], 1])
     (right, of), bad = util.all_sum(count.to(device)).cpu(), [text for share in evaluation.gathered(bad) for text in share]
-    for text in bad[:5]:
-        log.say(f"warning: not scored: {text}")
-    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
-        raise UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run {CHECK} on the folder")
+    evaluation.say_unusable(bad, len(val), "not scored", CHECK, log)
     each = [r / n if n else None for r, n in zip(right.tolist(), of.tolist())]
     return {"accuracy": int(right.sum()) / int(of.sum()), "balanced": float(np.mean([v for v in each if v is not None])),
             "per_class": dict(zip(val.class_names, each))}

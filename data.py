@@ -191,6 +191,14 @@ def _folder_beside(path):
     return next((d for d in places if d.is_dir()), path.parent)
 
 
+def embedded(root, part):
+    """Folder of a part of the embedded world, drawn below root unless it is there."""
+    try:
+        return world.build(root, part)
+    except OSError as error:
+        raise UserError(f"cannot draw the embedded world in {root} ({error}); give another --root for it")
+
+
 def coco_layout(root):
     """(train json, train images, val json, val images) under root: official COCO 2017 or the simple layout."""
     root = Path(root)

@@ -19,7 +19,6 @@ import models
 import ops
 import runs
 import util
-import world
 from util import UserError
 
 TERMS = ["cls", "box"]
@@ -42,12 +41,7 @@ def load_val(flags, class_ids, class_names):
 
 
 def locate(flags):
-    if flags.data == "coco":
-        return data.coco_layout(flags.root)
-    try:
-        return data.coco_layout(world.build(flags.root, "det"))
-    except FileExistsError as error:
-        raise UserError(f"{error}; give another --root for the embedded world")
+    return data.coco_layout(flags.root if flags.data == "coco" else data.embedded(flags.root, "det"))
 
 
 def data_deps(train, val):

@@ -98,14 +98,19 @@ def gathered(value):
     return shares
 
 
+def say_unusable(bad, images, meaning, check, log):
+    """Names validation images that could not be read (bad: reasons); UserError if they are many of all `images`."""
+    for text in bad[:5]:
+        log.say(f"warning: {meaning}: {text}")
+    if len(bad) > max(20, images // 100) or len(bad) == images:
+        raise util.UserError(f"{len(bad)} of {images} validation images are unusable, first {bad[0]}; run {check} on the data")
+
+
 def evaluate(model, anchors, val, size, workers, run, log):
     """COCO metrics of a detector on val (Detections), the same on every process. run: (rank, processes, device, dtype)."""
     found = detect_all(model, anchors, val, size, run[2], run[3], workers)
     bad = [d["bad"] for d in found.values() if "bad" in d]
-    for text in bad[:5]:
-        log.say(f"warning: its objects count as missed: {text}")
-    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
-        raise util.UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run python data.py check")
+    say_unusable(bad, len(val), "its objects count as missed", "python data.py check", log)
     metrics = util.rank0_first(lambda: coco_ap(val.annotation_file, found, val.ids, val.class_ids))
     if metrics["AP"] < 0:
         log.say(f"note: {val.annotation_file} has no object to find; AP is undefined and given as -1")

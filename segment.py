@@ -44,12 +44,7 @@ def load_val(flags, class_ids, class_names):
 
 
 def locate(flags):
-    if flags.data == "voc":
-        return flags.root
-    try:
-        return world.build(flags.root, "seg")
-    except FileExistsError as error:
-        raise UserError(f"{error}; give another --root for the embedded world")
+    return flags.root if flags.data == "voc" else data.embedded(flags.root, "seg")
 
 
 def data_deps(train, val):
@@ -141,10 +136,7 @@ def evaluate(net, c, val, run, log):
         truth = voc.read_mask(val.mask_path(i), len(val.class_names), size)
         confusion += evaluation.confusion_matrix(decide(found, size)[1].cpu().numpy(), truth, len(val.class_names))
     confusion, bad = util.all_sum(confusion.to(device)).cpu(), [text for share in evaluation.gathered(bad) for text in share]
-    for text in bad[:5]:
-        log.say(f"warning: not scored: {text}")
-    if len(bad) > max(20, len(val) // 100) or len(bad) == len(val):
-        raise UserError(f"{len(bad)} of {len(val)} validation images are unusable, first {bad[0]}; run {CHECK} on the folder")
+    evaluation.say_unusable(bad, len(val), "not scored", CHECK, log)
     return evaluation.mean_iou(confusion.numpy(), val.class_names)
 
 

@@ -40,7 +40,7 @@ SCORES = {  # by a metric that tells: columns, what they are, scores class by cl
 CURVES = [  # title, y label, [(name, colour, opacity, what of the log is added up)]
     ("loss: single steps (pale), running average", "classes + boxes", [
         ("", HUMAN, .35, ["cls", "box"]), ("", PSEUDO, .35, ["cls_pseudo", "box_pseudo"]),
-        ("human", HUMAN, 1, ["avg"]), ("pseudo", PSEUDO, 1, ["avg_pseudo"])]),
+        ("human", HUMAN, 1, ["avg"]), ("pseudo", PSEUDO, 1, ["avg_pseudo"]), ("joint", OTHER, 1, ["avg_joint"])]),
     ("its terms, single steps", "loss", [("cls", HUMAN, 1, ["cls"]), ("box", HUMAN, .4, ["box"]),
         ("cls pseudo", PSEUDO, 1, ["cls_pseudo"]), ("box pseudo", PSEUDO, .4, ["box_pseudo"])]),
     ("learning rate", "lr", [("", OTHER, 1, ["lr"])]),
@@ -112,19 +112,21 @@ def save_sheet(path, tiles, class_names, columns=4):
 
 
 def batch_sheet(batch, class_names, path):
-    """One training batch of data.train_loader as a PNG: up to 16 images, as augmented, human and pseudo told apart."""
-    human, pseudo = ((batch["part"] == p).nonzero().flatten().tolist() for p in (0, 1))
+    """One training batch of data.train_loader as a PNG: up to 24 images, as augmented, its parts told apart."""
+    human, pseudo, joint = ((batch["part"] == p).nonzero().flatten().tolist() for p in (0, 1, 2))
     rows = human[:max(8, 16 - len(pseudo))] + pseudo[:max(8, 16 - len(human))]  # half each, unless one has less to show
+    rows += joint[:8]
     tiles = []
     for i in rows:
         real = batch["labels"][i] >= 0  # -1 is padding
         target = {"boxes": batch["boxes"][i][real].numpy(), "labels": batch["labels"][i][real].numpy()}
         if "masks" in batch:
             target["mask"] = batch["masks"][i].numpy()
-        name, colour = [("human", HUMAN), ("pseudo", PSEUDO)][int(batch["part"][i])]
+        name, colour = [("human", HUMAN), ("pseudo", PSEUDO), ("joint", OTHER)][int(batch["part"][i])]
         k = int(batch["image_class"][i]) if "image_class" in batch else -1  # -1: it has boxes or a mask
+        what = f"image {int(batch['image_id'][i])}" if k < 0 else f"class {k}" if name == "joint" else class_names[k]
         tiles.append((Image.fromarray(batch["images"][i].permute(1, 2, 0).contiguous().numpy()), target,
-                      f"{name}, " + (str(class_names[k]) if k >= 0 else f"image {int(batch['image_id'][i])}"), colour))
+                      f"{name}, {what}", colour))
     save_sheet(path, tiles, class_names)
 
 
@@ -258,7 +260,7 @@ def results_html(results):
     return "<h2>Results</h2>" + table(["", *columns, "seconds"], rows) + note(text)
 
 
-def training_html(stage, lines, first_batch):
+def training_html(stage, lines, first_batch, result):
     last = lines[-1]
     text = f"step {last['step']} of {last['of']}, {last['images_s']:.1f} images/s"
     text += f", {last['waiting']:.0%} of the time waiting for data" if "waiting" in last else ""
@@ -266,6 +268,9 @@ def training_html(stage, lines, first_batch):
     for title, label, curves in CURVES if "cls" in last else MASK_CURVES if "ce" in last else ():  # labelling has no loss
         out.append(chart(title, [(*look, [(row["step"], sum(row.get(k, math.nan) for k in keys)) for row in lines])
                                  for *look, keys in curves], "step", label))
+    if len(curve := (result or {}).get("curve", [])) > 1:  # --eval-every
+        metric = next(m for m in result if result[m] == curve[-1][1])
+        out.append(chart(f"{metric} on the validation set", [("", HUMAN, 1, curve)], "step", metric))
     out += ["</div>", picture(first_batch, "first batch") if first_batch.exists() else ""]
     return "".join(out)
 
@@ -383,7 +388,7 @@ def report(run):
     body = [f"<h1>{name}</h1><pre>{html.escape(shlex.join(config.get('command', [])))}</pre>"
             f'<details><summary>Settings</summary><div class="columns">{settings}</div></details>',
             results_html({stage: r for stage, r in results.items() if r and "seconds" in r}), "<h2>Training</h2>"]
-    body += [training_html(k, log[k], run / k / "first_batch.png") for k in log] or [note("Nothing was logged yet.")]
+    body += [training_html(k, log[k], run / k / "first_batch.png", results[k]) for k in log] or [note("Nothing was logged yet.")]
     labelled = labelled_counts(run, config) if folders and config.get("task", "det") == "det" else {}
     for folder in folders:
         sheet = run / ("pseudo_sheet.png" if folder == run else f"{folder.name}_sheet.png")

@@ -43,7 +43,6 @@ import segment
 import show
 import util
 import voc
-import world
 from recipes import HELP, Config
 from util import UserError
 
@@ -455,7 +454,7 @@ def unlabelled_paths(flags, human, held, rest, val, log):
     elif len(rest):
         paths = np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
     elif flags.data == "shapes":
-        paths = data.list_images(str(world.build(flags.root, "unlabeled")))
+        paths = data.list_images(str(data.embedded(flags.root, "unlabeled")))
     else:
         raise UserError("--labeled 1 leaves no image to pseudo-label; give --unlabeled DIR, or --mode train to stop after "
                         "the teacher")

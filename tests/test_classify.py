@@ -241,7 +241,7 @@ def test_labels_that_teach_nothing_are_refused(colours, tmp_path):
 def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(colours, finished, tmp_path):
     args = [*TINY, "--root", colours, "--out", tmp_path / "run", "--workers", "1", "--control", "--student-init", "same"]
     for place, count in (("torch.optim.AdamW.step", 10), ("st.evaluation.normalise", 7)):
-        killed(tmp_path, place, count, *args)
+        assert killed(tmp_path, (place,), count, *args)
     assert len((tmp_path / "run/pseudo/part_0_of_1.jsonl").read_text().splitlines()) == 16  # a batch of the 24
     done = start(*args)
     assert done.returncode == 0, done.stderr

@@ -98,8 +98,8 @@ def test_the_curve_of_a_stage_is_its_score_on_the_way(finished, given):
 
 def test_killed_and_run_again_it_ends_with_the_same_bits(given, finished, tmp_path):
     args = [*given, "--out", str(tmp_path / "run"), "--workers", "1", "--control"]
-    killed(tmp_path, "torch.optim.AdamW.step", 6, *args)
-    killed(tmp_path, "torch.optim.AdamW.step", 9, *args)
+    assert killed(tmp_path, ("torch.optim.AdamW.step",), 6, *args)
+    assert killed(tmp_path, ("torch.optim.AdamW.step",), 9, *args)
     assert start(*args).returncode == 0
     whole, got = (json.loads((run / "results.json").read_text()) for run in (finished, tmp_path / "run"))
     for stage in ("teacher", "student", "control"):

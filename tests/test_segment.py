@@ -456,7 +456,7 @@ def test_killed_in_training_saving_and_labelling_it_ends_with_the_same_bits(squa
     args = [*TINY, "--root", str(squares), "--out", str(tmp_path / "run"), "--workers", "1", "--control"]
     for place, count in (("torch.optim.AdamW.step", 6), ("os.replace", 4), ("world.save_mask", 3), ("world.save_mask", 5),
                          ("torch.optim.AdamW.step", 7)):
-        killed(tmp_path, place, count, *args)
+        assert killed(tmp_path, (place,), count, *args)
     done = start(*args)
     assert done.returncode == 0, done.stderr
     for stage in ("teacher", "student", "control"):

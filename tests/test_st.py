@@ -16,7 +16,7 @@ import models
 import recipes
 import runs
 import st
-from conftest import ROOT, records, start
+from conftest import ROOT, killed, records, start
 
 TINY = ["--data", "coco", "--image-size", "64", "--batch", "4", "--steps", "12", "--student-steps", "12", "--precision", "fp32",
         "--threshold", "0.0", "--labeled", "0.5", "--norm", "gn", "--lr", "1e-3", "--save-every", "4"]
@@ -70,40 +70,13 @@ def test_control_sees_the_students_images_per_step_and_starts_where_it_does(fini
     assert student["steps"] == control["steps"] and student["teacher"] == control["teacher"]
 
 
-KILLER = '''
-import os, signal, sys
-import torch
-sys.path.insert(0, {root!r})
-import ops, st, util
-left = {event}
-def counted(f):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            print("killed in", f.__name__, *[a for a in args if isinstance(a, (str, os.PathLike))], file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return f(*args, **kwargs)
-    return call
-torch.optim.AdamW.step = counted(torch.optim.AdamW.step)   # in training
-os.fsync = counted(os.fsync)                               # inside a save: written, not yet renamed
-os.replace = counted(os.replace)
-ops.detect = counted(ops.detect)                           # in evaluation and pseudo-labelling
-util.run(st.main)
-print("events", {event} - left)
-'''
-
-
 def test_killed_at_random_moments_it_ends_with_the_same_bits(squares, finished, tmp_path):
     args = [*map(str, TINY), "--root", str(squares), "--out", str(tmp_path / "run"), "--workers", "1", "--control"]
     rng, where = random.Random(0), []
     for event in [14, 14, 3, *[rng.randint(1, 60) for _ in range(5)]]:  # in two saves and a step, as checked below; then anywhere
-        script = tmp_path / "killer.py"
-        script.write_text(KILLER.format(root=str(ROOT), event=event))
-        ended = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True,
-                               env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
-        assert ended.returncode in (-signal.SIGKILL, 0), ended.stderr
-        where += [line for line in ended.stderr.splitlines() if line.startswith("killed in")]
+        places = ("torch.optim.AdamW.step", "os.fsync", "os.replace", "ops.detect")  # training, saving, detecting
+        where.append(killed(tmp_path, places, event, *args))
+    where = [line for line in where if line]
     assert len(where) >= 5 and sum("step_0" in w for w in where) >= 2 and any(w.split()[2] in ("step", "wrapper") for w in where), where
     print(*where, sep="\n")
     done = start(*args)
