@@ -447,10 +447,12 @@ def table(results, metrics):
 
 
 def unlabelled_paths(flags, human, held, rest, val, log):
-    """Paths of the unlabelled images (n,): --unlabeled, else the training images whose labels are not used, else the
-    embedded world's own unlabelled set. Labelled and validation images among them are left out."""
+    """Paths of the unlabelled images (n,): --unlabeled, else the embedded world's own for segmentation, else the training images
+    whose labels are not used, else the embedded world's own. Labelled and validation images among them are left out."""
     if flags.unlabeled:
         paths = given_images(flags)
+    elif flags.data == "shapes" and flags.task == "seg":  # where few images have labels to begin with
+        paths = voc.images_of(segment.locate(flags), "aug")
     elif len(rest):
         paths = np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
     elif flags.data == "shapes":
@@ -478,8 +480,9 @@ def joint_root(flags):
 
 def given_images(flags):
     """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
-    named = flags.data == "voc" and voc.list_file(flags.root, flags.unlabeled).exists()
-    return voc.images_of(flags.root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
+    root = Path(flags.root) / ("seg" if flags.data == "shapes" else "")
+    named = (flags.data == "voc" or flags.data == "shapes" and flags.task == "seg") and voc.list_file(root, flags.unlabeled).exists()
+    return voc.images_of(root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
 
 
 def use_checkpoint(flags, run):

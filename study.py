@@ -59,7 +59,7 @@ SETTINGS = {
 }
 # Where weights come from if --init does not name a file: our own pre-training on the world's single objects, with the same seed.
 # pre is the paper's ImageNet init; pre++ its ImageNet++ (Noisy Student): self-training for classification.
-PRETRAINING = {"pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {pool} --student-init same")}
+PRETRAINING = {"pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {single} --student-init same")}
 
 
 def trio(name, flags, supervised=(), student=()):
@@ -74,7 +74,6 @@ def gains(*names):
 
 ST = "{pool} --control"
 FRACTIONS = {"20%": "--labeled 0.2 --aug s4", "50%": "--labeled 0.5 --aug s4", "100%": "--labeled 1 --aug s4"}
-JOINT = ("joint", "joint + self-trained")
 # title; columns {name: flags}; rows {name: (stage, flags, the paper's numbers)}; compare [(a, b)]: a - b, of rows or of columns.
 # {words} depend on the world, see words(). The paper's numbers are COCO AP (Tables 2, 3, 4, 7) and PASCAL mIoU (6, 8, 13 of v1).
 STUDIES = {
@@ -97,22 +96,18 @@ STUDIES = {
         compare=[*gains("random"), ("pre-trained", "random"), ("SimCLR", "random")]),
     "table7": dict(
         title="Joint training and self-training, 20% of the labels (Table 7)", columns={"20%": FRACTIONS["20%"]},
-        rows={**trio("random", ST, (30.7,), (34.1,)), "random, joint": ("teacher", "{pool} {joint}", (33.6,)),
-              "random, joint + self-trained": ("student", "{pool} {joint}", (35.1,)),
+        rows={**trio("random", ST, (30.7,), (34.1,)), **trio("random, joint", ST + " {joint}", (33.6,), (35.1,)),
               **trio("pre-trained", ST + " --init {pre}", (33.3,), (36.0,)),
-              "pre-trained, joint": ("teacher", "{pool} {joint} --init {pre}", (34.0,)),
-              "pre-trained, joint + self-trained": ("student", "{pool} {joint} --init {pre}", (36.6,))},
-        compare=[*gains("random", "pre-trained"), ("pre-trained", "random"),
-                 *((f"{i}, joint", i) for i in ("random", "pre-trained")),
-                 *((f"{i}, joint + self-trained", f"{i}, {other}") for i in ("random", "pre-trained")
-                   for other in ("self-trained", "joint"))]),
+              **trio("pre-trained, joint", ST + " {joint} --init {pre}", (34.0,), (36.6,))},
+        compare=[*gains("random", "random, joint", "pre-trained", "pre-trained, joint"), ("pre-trained", "random"),
+                 *((f"{i}, joint{more}", f"{i}{more}") for i in ("random", "pre-trained") for more in ("", ", self-trained"))]),
     "pascal": dict(  # the `aug` images: PASCAL's further ones with coarser labels; in other worlds the 80% not labelled
         title="What to do with the aug images, and others to learn from (Tables 6, 8 and 13)",
         columns={"S1": "--aug s1 --init {pre++}", "S4": "--aug s4 --init {pre++}"},
         rows={**trio("train", "{few} {rest} --control", (83.9, 85.2), (85.6, 86.7)),
               "train + aug labels": ("teacher", "{all} --mode train", (84.7, 84.8)),
               "self-trained on single objects": ("student", "{few} {single}", (85.0, 86.0)),
-              "self-trained on other scenes": ("student", "{few} {pool}", (85.3, 86.6))},
+              "self-trained on other scenes": ("student", "{few} {scenes}", (85.3, 86.6))},
         compare=[*gains("train"), ("train + aug labels", "train"), ("self-trained on single objects", "train, longer"),
                  ("self-trained on other scenes", "train, longer")]),
     "alpha": dict(
@@ -147,15 +142,15 @@ def words(o):
     """What the {words} of the tables mean with options o. What is missing here leaves its cells empty."""
     given = dict(("pre=" + text if not re.match(r"(pre|pre\+\+|simclr)=", text) else text).split("=", 1) for text in o.init)
     w = {"few": "--labeled 0.2", "all": "--labeled 1", "rest": "", "labeled": o.labeled}
-    if o.world == "voc":
+    if o.world == "shapes":
+        folder = {k: "--unlabeled " + shlex.quote(f"{o.root}/{k}") for k in ("unlabeled", "single/extra")}
+        w.update(pool=folder["unlabeled"], scenes=folder["unlabeled"], single=folder["single/extra"], joint="--joint shapes")
+    if o.task == "seg" and o.world != "coco":
         w.update(few="--labeled 1", rest="--unlabeled aug", all="--labeled 1 --train-list trainaug", pool="--unlabeled aug")
     if o.name == "yours":
         w.update(pool="")
-    elif o.world == "shapes":
-        w.update(pool=f"--unlabeled {shlex.quote(o.root + '/unlabeled')}", joint="--joint shapes",
-                 single=f"--unlabeled {shlex.quote(o.root + '/single/train')}")
     if o.unlabeled:
-        w.update(pool="--unlabeled " + shlex.quote(o.unlabeled))
+        w.update(pool="--unlabeled " + shlex.quote(o.unlabeled), scenes="--unlabeled " + shlex.quote(o.unlabeled))
     if o.joint:
         w.update(joint="--joint " + shlex.quote(o.joint), single="--unlabeled " + shlex.quote(o.joint + "/train"))
     return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
@@ -176,11 +171,17 @@ def parse(text, row):
     return {k: flags[k] for k in sorted(flags) if flags[k] != usual.get(k)}
 
 
+def basis(flags):
+    """Hash of what a run depends on besides its flags: the recipe's row and the embedded world as they stand in the code."""
+    row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
+    return runs.digest([row, [world.VERSION, repr(world.PARTS)] if flags["data"] == "shapes" else 0])
+
+
 def run_name(start, flags, frozen):
-    """A folder's name: what is not frozen, to read, and a hash of all flags, to be sure."""
+    """A folder's name: what is not frozen, to read, and a hash of all it depends on, to be sure."""
     shown = [k + ("" if v is True else "-" + (v[1:].split("_")[0] if v[0] == "@" else Path(v).name))
              for k, v in flags.items() if frozen.get(k) != v]
-    return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest(flags)[:8]
+    return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest([flags, basis(flags)])[:8]
 
 
 def plan(study, o):
@@ -207,7 +208,7 @@ def plan(study, o):
                 stage, flags = PRETRAINING[name]
                 word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{stage}"
             if name not in word:
-                how = {"pool": "--unlabeled", "joint": "--joint", "single": "--joint", "labeled": "--labeled"}
+                how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint", "labeled": "--labeled"}
                 raise LookupError(f"needs {how.get(name, f'weights: --init {name}=FILE')}")
             text = text.replace("{" + name + "}", word[name])
         return text
@@ -255,7 +256,7 @@ def adopt(out, folder, flags):
     for stage in FREE:
         for note in sorted(out.glob(f"*/{folder.name}/run.json")) if not (folder / stage).exists() else ():
             theirs = tables.read_json(note)
-            if theirs and stage_key(theirs["flags"], stage) == stage_key(flags, stage) \
+            if theirs and (theirs["basis"], stage_key(theirs["flags"], stage)) == (basis(flags), stage_key(flags, stage)) \
                     and "result" in (tables.read_json(note.parent / stage / "stage.json") or {}):
                 with tempfile.TemporaryDirectory(prefix=".adopt-", dir=folder) as work:
                     try:
@@ -282,7 +283,7 @@ def launch(out, name, seed, flags, slot, jobs):
     gpus = torch.cuda.device_count()
     with alone(out):
         runs.write_json(folder / "run.json", {
-            "flags": flags, "versions": f"Python {sys.version.split()[0]}, {packages}",
+            "flags": flags, "basis": basis(flags), "versions": f"Python {sys.version.split()[0]}, {packages}",
             "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}"})
         adopt(out, folder, flags)
     texts = []

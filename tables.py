@@ -164,8 +164,8 @@ FINDINGS = {
     "d": ("Self-training adds to pre-training",
           [("table3", [("pre-trained, self-trained", c)], [("pre-trained, longer", c)]) for c in FRACTIONS]),
     "e": ("Joint training and self-training together are best",
-          [("table7", [(f"{i}, joint + self-trained", "20%")], [(i + other, "20%")])
-           for i in INITS for other in ("", ", self-trained", ", joint")]),
+          [("table7", [(f"{i}, joint, self-trained", "20%")], [(i + other, "20%")])
+           for i in INITS for other in (", longer", ", self-trained", ", joint, longer")]),
     "f": ("Loss normalisation makes alpha matter less: scores spread less over the alphas",
           [("alpha", [("self-trained, not normalised", "*")], [("self-trained", "*")])]),
 }

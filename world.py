@@ -4,8 +4,10 @@
 
 part         plays the role of                       what is in it
 `det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes
-`seg`        PASCAL VOC: segmentation                96 px, 0-3 objects of those 8 classes, a mask each, in VOC's layout
-`single`     ImageNet: pre-training, joint training  96 px, one large object of 12 classes (4 are new), class folders
+`seg`        PASCAL VOC: segmentation                64 px, 0-2 objects of 4 classes, a mask each, in VOC's layout;
+                                                     `train` is small, `aug` as large as a pool for pseudo-labels must be
+`single`     ImageNet: pre-training, joint training  96 px, one large object of 12 classes (4 are new), class folders;
+                                                     `extra` is JFT's: more of the same, used without labels
 `unlabeled`  Open Images: pool for pseudo-labels     128 px, those 4 classes mixed in, more empty images
 
 A class is an outline and its parts (holes, bars, teeth); colour, texture, size, pose and viewpoint are drawn at random
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 2  # raise it with any change that alters an image: caches are then drawn afresh
+VERSION = 3  # raise it with any change that alters an image: caches are then drawn afresh
 SEED = 2020
 
 
@@ -85,9 +87,9 @@ CATEGORY_IDS = [CAST[name][0] for name in CLASSES]
 PARTS = {
     "det": dict(px=128, splits=dict(train=(0, 2000), val=(1, 500)), classes=8, objects=(1, 5), side=(22, 72), empty=.03,
                 under=(1, 3), over=(0, 1), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
-    "seg": dict(px=96, splits=dict(train=(5, 2000), val=(6, 500)), classes=8, objects=(1, 3), side=(26, 64), empty=.03,
-                under=(0, 0), over=(0, 0), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
-    "single": dict(px=96, splits=dict(train=(2, 3000), val=(3, 600)), classes=12, objects=(1, 1), side=(40, 80),
+    "seg": dict(px=64, splits=dict(train=(5, 200), aug=(7, 2000), val=(6, 400)), classes=4, objects=(1, 2), side=(22, 48),
+                empty=.03, under=(0, 0), over=(0, 0), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
+    "single": dict(px=96, splits=dict(train=(2, 3000), extra=(8, 3000), val=(3, 600)), classes=12, objects=(1, 1), side=(40, 80),
                    empty=0, under=(0, 3), over=(0, 1), ground=dict(clouds=1, ramp=2, tiles=3, quilt=2)),
     "unlabeled": dict(px=128, splits=dict(train=(4, 4000)), classes=12, objects=(1, 5), side=(22, 72), empty=.10,
                       under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
@@ -301,8 +303,10 @@ def write(folder, part, sizes, seed):
         if part == "seg":
             (folder / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
             names = [Path(im["file_name"]).stem for im in images]
-            (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
-            (folder / "classes.txt").write_text("\n".join(["background", *CLASSES]) + "\n")
+            for listed in (split, *["trainaug"] * (split in ("train", "aug"))):
+                with open(folder / f"ImageSets/Segmentation/{listed}.txt", "a") as f:
+                    f.writelines(f"{name}\n" for name in names)
+            (folder / "classes.txt").write_text("\n".join(["background", *CLASSES[:PARTS[part]["classes"]]]) + "\n")
         if part == "det":
             (folder / f"{split}.json").write_text(json.dumps(dict(
                 info=dict(description="embedded world", version=VERSION), images=images, annotations=annotations,
