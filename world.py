@@ -1,6 +1,6 @@
 """The embedded world: small drawn pictures that play the data sets of both papers, so that everything runs offline.
 
-    python world.py ROOT                 # draws all parts (about half a minute on one core) and prints what is there
+    python world.py ROOT                 # draws all parts (about a minute on one core) and prints what is there
 
 part         plays the role of                       what is in it
 `det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes
