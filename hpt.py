@@ -70,9 +70,10 @@ RECIPES = {
              "tune_batch": 64},
 }
 TEMPERATURE = {"moco": 0.2, "simclr": 0.1}
-DIM = 128        # of the embedding
-# Steps of the run without arguments: of the base, and of each strategy that trains on the target.
-DEMO = dict(base=("photo", 800), target="sketch", Target=400, HPT=100, BN=100)
+DIM = 128  # of the embedding
+VALUES = "loss", "positive", "negative"  # what a step reports: its loss, mean similarity of positive and negative pairs
+DEMO = "photo:1500", {  # the run without arguments: the base, and what follows it; Target starts from random weights
+    "Base": "sketch:stats", "Target": "sketch:1500", "HPT": "sketch:400", "HPT-BN": "sketch:400:bn"}
 
 
 @dataclass
@@ -252,7 +253,7 @@ def freeze(backbone, mode):
         m.requires_grad_(mode != "stats")
 
 
-def train(folder, net, paths, steps, c, save_every, workers, seed, run, log):
+def train(folder, net, paths, steps, c, seed, flags, run, log):
     """Trains net (MoCo, SimCLR or Statistics) for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its
     own there -> last [loss, positive, negative similarity]."""
     (rank, ranks, device, _), batch, start, values = run, c["batch"], 0, []
@@ -264,7 +265,7 @@ def train(folder, net, paths, steps, c, save_every, workers, seed, run, log):
         start, values = state["step"], state["values"]
     ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
                                   broadcast_buffers=False) if ranks > 1 and trained else net
-    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, workers), time.time(), 0.0
+    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers), time.time(), 0.0
     net.train()
     for step in range(start, steps):
         clock = time.time()
@@ -289,13 +290,15 @@ def train(folder, net, paths, steps, c, save_every, workers, seed, run, log):
             raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
                             f"run {probe.CHECK} on the images")
         if step < 10 or (step + 1) % 20 == 0 or step + 1 == steps:
-            spent, shown = time.time() - began, dict(zip(("loss", "positive", "negative"), values)) if trained else {}
-            shown.update(chance=net.chance(batch), lr=lr) if trained else None
-            shown.update(queue=min(1, (step + 1) * batch / c["queue"])) if isinstance(net, MoCo) else None
+            spent, shown = time.time() - began, {}
+            if trained:
+                shown = dict(zip(VALUES, values), chance=net.chance(batch), lr=lr)
+            if isinstance(net, MoCo):
+                shown["queue"] = min(1, (step + 1) * batch / c["queue"])  # how full of keys
             log.progress(folder.name, step + 1, steps, began, start, **shown, images_s=(step + 1 - start) * batch / spent,
                          waiting=waited / spent)
         last = step + 1 == steps or stopping
-        if last or (step + 1) % (save_every or max(1, steps // 10)) == 0:
+        if last or (step + 1) % (flags.save_every or max(1, steps // 10)) == 0:
             for buffer in (b for m in norms(net) for b in (m.running_mean, m.running_var) if ranks > 1):
                 buffer.copy_(util.all_sum(buffer.clone()) / ranks)
             if rank == 0:
@@ -424,33 +427,23 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     trained, total = (sum(p.numel() for p in query.parameters() if p.requires_grad >= which) / 1e6 for which in (True, False))
     log.say(f"{folder}: {steps} steps of {c['batch']} images out of {len(paths)}, {c['method']}, {mode}, lr "
             f"{c['lr'] * c['batch'] / 256:.4g} (given {c['lr']:g} at batch 256), {trained:.3g}M of {total:.3g}M parameters, "
-            f"{str(dtype)[6:]} on {device}, {ranks} processes; pixels: mean {rounded(mean)}, deviation {rounded(std)}")
+            f"{str(dtype)[6:]} on {device}, {ranks} processes; pixels: mean {np.round(mean, 3)}, deviation {np.round(std, 3)}")
     if isinstance(net, MoCo) and c["queue"] > len(paths):
         log.say(f"warning: the queue holds {c['queue']} keys of {len(paths)} images: an image's own old keys are among its "
                 "negatives; --queue sets another size")
     began = time.time()
-    values = train(folder, net, paths, steps, c, flags.save_every, flags.workers, seed, run, log)
+    values = train(folder, net, paths, steps, c, seed, flags, run, log)
     state = {k: v.cpu() for k, v in net.query.backbone.state_dict().items()}
-    check_frozen(given, state, query.backbone)
+    moved = [k for k, p in query.backbone.named_parameters() if not p.requires_grad and not torch.equal(given[k], state[k])]
+    assert not moved, f"frozen, but changed: {moved[:3]}"
     result = {"weights": runs.digest_weights(state), "mean": mean, "std": std, "images": len(paths), "steps": steps, "mode": mode,
-              **(dict(zip(("loss", "positive", "negative"), values)) if mode != "stats" else {}), "seconds": time.time() - began}
+              **(dict(zip(VALUES, values)) if mode != "stats" else {}), "seconds": round(time.time() - began, 1)}
     about = dict(backbone=c["backbone"], mean=mean, std=std, source=source, mode=mode, steps=steps, init=str(init))
 
     def finish():
         runs.write_atomic(folder / "backbone.pt", lambda p: torch.save({"model": state, "about": about}, p))
         return runs.finish(folder, deps, result)
     return util.rank0_first(finish)
-
-
-def check_frozen(given, state, backbone):
-    """What was not to be trained is bit for bit what it was."""
-    frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
-    moved = [name for name in frozen if not torch.equal(given[name], state[name])]
-    assert not moved, f"frozen, but changed: {moved[:3]}"
-
-
-def rounded(values):
-    return " ".join(f"{v:.3f}" for v in values)
 
 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
@@ -465,8 +458,8 @@ def settings(flags, ranks):
     if min(c["batch"], c["groups"], c["queue"], c["image_size"], flags.labels) < 1 or not c["lr"] > 0:
         raise UserError("--batch, --groups, --queue, --image-size, --labels and --lr must be above 0")
     if c["groups"] % ranks or c["batch"] % c["groups"] or c["batch"] < 2 * c["groups"]:
-        raise UserError(f"--batch {c['batch']} cannot be cut into {c['groups']} batch-norm groups of two or more images on {ranks}"
-                        " processes; give a --groups that divides the batch and is a multiple of the processes")
+        raise UserError(f"--batch {c['batch']} cannot be cut into {c['groups']} batch-norm groups of two or more images on"
+                        f" {ranks} processes; give a --groups that divides the batch and is a multiple of the processes")
     if c["method"] == "moco" and c["queue"] % c["batch"]:
         raise UserError(f"--queue {c['queue']} is no multiple of the batch, {c['batch']}; give e.g. --queue "
                         f"{max(1, round(c['queue'] / c['batch'])) * c['batch']}")
@@ -509,20 +502,18 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
 
 def demo(c, flags, run):
     """Base, Target, HPT and HPT-BN on two embedded domains, and their linear probes."""
-    out, (source, steps), target = Path(flags.out), DEMO["base"], DEMO["target"]
-    name = f"{source}:{steps}"
-    pipeline(out / "source", flags.init, [name], [], "", c, flags, run)
-    base = str(out / "source" / f"1_all_{source}" / "backbone.pt")
-    rows = {"Base": (base, f"{target}:stats"), "Target": ("random", f"{target}:{DEMO['Target']}"),
-            "HPT": (base, f"{target}:{DEMO['HPT']}"), "HPT-BN": (base, f"{target}:{DEMO['BN']}:bn")}
-    found = {row: pipeline(out / row, init, [text], ["linear"], target, c, flags, run)["linear"]
-             for row, (init, text) in rows.items()}
+    out, (first, rows), found, began = Path(flags.out), DEMO, {}, time.time()
+    base = str(out / "source" / next(iter(pipeline(out / "source", flags.init, [first], [], "", c, flags, run))) / "backbone.pt")
+    for row, text in rows.items():
+        init = "random" if row == "Target" else base
+        found[row] = pipeline(out / row, init, [text], ["linear"], "", c, flags, run)["linear"]
     if run[0] == 0:
         runs.write_json(out / "results.json", {**found, "command": " ".join(sys.argv), "seed": flags.seed})
-        print(f"{'':8}{'starts from':24}{'then':24}linear probe, test accuracy on {target}")
-        for row, (init, text) in rows.items():
-            print(f"{row:8}{'random' if init == 'random' else name:24}{text:24}{found[row]['accuracy']:.3f}")
-        print(f"One seed ({flags.seed}): how much these vary from seed to seed is not shown. Written: {out}/results.json")
+        print(f"{'':8}{'starts from':16}{'then':20}linear probe: test accuracy")
+        for row, text in rows.items():
+            print(f"{row:8}{'random' if row == 'Target' else first:16}{text:20}{found[row]['accuracy']:.3f}")
+        print(f"One seed ({flags.seed}): how much these vary from seed to seed is not shown. {time.time() - began:.0f} s. "
+              f"Written: {out}/results.json")
 
 
 def main(argv=None):
