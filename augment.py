@@ -40,12 +40,14 @@ What differs from the TensorFlow original:
  - Contrast pivots on the true mean grey (see OPS). Box corners stay fractional where the original truncates to pixels.
  - Not here: removal of crowd boxes and the limit of 100 instances (training code), AutoAugment v1-v3.
 
+Also here: the views of MoCo v2 and SimCLR, for hpt.py (images without a target).
+
 Imports nothing local: copy this one file into another project and it works.
 """
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 MEAN_COLOUR = (124, 116, 104)             # 255 * (0.485, 0.456, 0.406), rounded: ~0 after ImageNet normalisation
 FILL = (128, 128, 128)                    # what the policy ops put where no pixel is (uint8, before normalisation)
@@ -376,3 +378,44 @@ def fit(image, target, size):
     scaled = max(round(scale * w), 1), max(round(scale * h), 1)
     image, target = place(image, target, size, scaled)
     return image, target, scale
+
+
+# ------------------------------------------------------------------------------------------- views of MoCo and SimCLR
+
+ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def random_crop(image, size, scale, rng):
+    """A random part of the image, its area within `scale` of the whole and its ratio within 3:4 and 4:3, as size x size pixels.
+    torchvision's RandomResizedCrop: ten tries, then the largest centred part of a legal ratio."""
+    w, h = image.size
+    for _ in range(10):
+        area, ratio = w * h * rng.uniform(*scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        cw, ch = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < cw <= w and 0 < ch <= h:
+            x, y = int(rng.integers(w - cw + 1)), int(rng.integers(h - ch + 1))
+            break
+    else:
+        cw, ch = min(w, max(round(h * 4 / 3), 1)), min(h, max(round(w * 4 / 3), 1))
+        x, y = (w - cw) // 2, (h - ch) // 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + cw, y + ch))
+
+
+def view(image, size, crop, jitter, grey, blur, rng):
+    """One view for contrastive learning (MoCo v2's list of operations, in its order).
+    crop: range of area; jitter: largest change of brightness, contrast, saturation (as factors) and hue (of a full turn), in random
+    order, p = 0.8; grey: its probability; blur: range of the Gaussian's deviation in pixels, p = 0.5; flip, p = 0.5."""
+    image = random_crop(image, size, crop, rng)
+    if rng.random() < 0.8:
+        for k in rng.permutation(4):
+            if k == 3:
+                turn = round(rng.uniform(-jitter[3], jitter[3]) * 255)
+                h, s, v = image.convert('HSV').split()
+                image = Image.merge('HSV', (h.point([(i + turn) % 256 for i in range(256)]), s, v)).convert('RGB')
+            else:
+                image = ENHANCE[k](image).enhance(rng.uniform(max(0, 1 - jitter[k]), 1 + jitter[k]))
+    if rng.random() < grey:
+        image = image.convert('L').convert('RGB')
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*blur)))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image

@@ -451,24 +451,25 @@ def train_loader(parts, counts, start, stop, chunks, rank, world_size, policy, s
                 keys.append(np.array_split(np.arange(mine), chunks))
                 keys[-1] = [[row[i] for i in chunk] for chunk in keys[-1]]
             yield [key for chunk in zip(*keys) for some in chunk for key in some]
-    try:
-        yield from _loader(TrainImages(parts, policy, size, seed), batches(), workers)
-    except UserError as error:  # from a worker it comes wrapped in the worker's traceback
-        error.__traceback__ = None  # it holds the loader: the workers would be left to the garbage collector, which stalls
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    return loader(TrainImages(parts, policy, size, seed), batches(), workers)
 
 
 def eval_loader(source, index, size, batch, workers):
     """The images at `index` in batches of exactly `batch`: the last is filled up by repeating, since the arithmetic of
     a batch may depend on its size (and results must not depend on how many processes share the work)."""
     rows = [list(index[i:i + batch]) for i in range(0, len(index), batch)]
-    return _loader(EvalImages(source, size), [row + row[:1] * (batch - len(row)) for row in rows], workers)
+    return loader(EvalImages(source, size), [row + row[:1] * (batch - len(row)) for row in rows], workers)
 
 
-def _loader(dataset, batches, workers):
-    return torch.utils.data.DataLoader(dataset, batch_sampler=_Given(batches), num_workers=workers, collate_fn=collate,
-                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
-                                       worker_init_fn=_quiet_worker)
+def loader(dataset, batches, workers, collate=collate):
+    """Batches of a dataset, given as lists of its keys."""
+    try:
+        yield from torch.utils.data.DataLoader(
+            dataset, batch_sampler=_Given(batches), num_workers=workers, collate_fn=collate, worker_init_fn=_quiet_worker,
+            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    except UserError as error:  # from a worker it comes wrapped in the worker's traceback
+        error.__traceback__ = None  # it holds the loader: the workers would be left to the garbage collector, which stalls
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 class _Given:

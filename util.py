@@ -139,8 +139,8 @@ def parse_flags(config, doc, comments, argv=None):
         section = parser.add_argument_group(title)
         for name, text in group.items():
             field, flag = fields.pop(name), "--" + name.replace("_", "-")
-            if field.type is bool:
-                section.add_argument(flag, action="store_true", help=text)
+            if field.type in (bool, list):  # a list: the flag may be given several times
+                section.add_argument(flag, action="store_true" if field.type is bool else "append", help=text)
                 continue
             choices, _, rest = text[1:].partition("} ") if text.startswith("{") else ("", "", text)
             rest += f" [{field.default}]" if field.default not in ("", None) else ""

@@ -1,6 +1,6 @@
 """The embedded world: small drawn pictures that play the data sets of both papers, so that everything runs offline.
 
-    python world.py ROOT                 # draws all parts (about half a minute on one core) and prints what is there
+    python world.py ROOT                 # draws all parts (about a minute on one core) and prints what is there
 
 part         plays the role of                       what is in it
 `det`        COCO: the labelled target task          128 px, 0-5 objects of 8 classes, exact boxes
@@ -9,6 +9,7 @@ part         plays the role of                       what is in it
 `single`     ImageNet: pre-training, joint training  96 px, one large object of 12 classes (4 are new), class folders;
                                                      `extra` is JFT's: more of the same, used without labels
 `unlabeled`  Open Images: pool for pseudo-labels     128 px, those 4 classes mixed in, more empty images
+`photo`, `sketch`, `strokes`, `aerial`: HPT's domains     64 px, the 12 classes in four styles, class folders with a test split
 
 A class is an outline and its parts (holes, bars, teeth); colour, texture, size, pose and viewpoint are drawn at random
 and say nothing about it. Each part has its own mix of backgrounds: pools related to the target, but not copies of it.
@@ -94,9 +95,23 @@ PARTS = {
     "unlabeled": dict(px=128, splits=dict(train=(4, 4000)), classes=12, objects=(1, 5), side=(22, 72), empty=.10,
                       under=(1, 3), over=(0, 1), ground=dict(clouds=2, ramp=1, fabric=1, grass=1, quilt=2, tiles=2)),
 }
+# Domains of the second paper: how the classes look, the rest as in `single`. Written down once, before any result was looked at.
+#   photo    textured and shaded, as `single`           sketch   pencil outlines on paper
+#   strokes  a thick pen, black on white, nothing else  aerial   one to three small ones of a class from above, turned anyhow
+DOMAINS = {
+    "photo": dict(side=(26, 52), under=(0, 2), over=(0, 1), ground=dict(clouds=1, ramp=2, tiles=3, quilt=2)),
+    "sketch": dict(side=(30, 56), under=(0, 1), over=(0, 0)),
+    "strokes": dict(side=(36, 58), under=(0, 0), over=(0, 0)),
+    "aerial": dict(side=(14, 24), objects=(1, 3), under=(0, 2), over=(0, 0), ground=dict(grass=3, fabric=1, quilt=2, clouds=1)),
+}
+for stream, name in enumerate(DOMAINS):
+    PARTS[name] = {**PARTS["single"], "px": 64, **DOMAINS[name], "splits": {
+        split: (10 + 3 * stream + k, n) for k, (split, n) in enumerate(dict(train=1500, val=300, test=300).items())}}
+ALIKE = ["single", *DOMAINS]   # all objects of an image are of one class, which is its folder
 FILES = {"seg": "JPEGImages/{split}_{i:05d}.jpg",
-         "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg"}
-THING_SIDE = (22, 60)   # px, things of no class
+         "det": "images/{split}_{i:05d}.jpg", "single": "{split}/{name}/{i:05d}.jpg", "unlabeled": "{i:05d}.jpg",
+         **dict.fromkeys(DOMAINS, "{split}/{name}/{i:05d}.jpg"), "strokes": "{split}/{name}/{i:05d}.png"}
+THING_SIDE = (22, 60)   # px, things of no class; in domains two thirds of it
 SEEN = 0.4       # an object keeps at least this share of its pixels in view, else the newcomer is placed anew
 SMALLEST = 6     # and what is in view is at least this wide and high, in pixels
 CONTRAST = 60    # smallest difference in brightness, of 255, between an object's colours and the mean of what it covers
@@ -106,12 +121,15 @@ OVERSAMPLE = 3   # outlines are filled at this multiple and averaged down
 
 # ---- Scene: what is where --------------------------------------------------------------------------------------------
 
-def cut_out(name, side, rng):
-    """A random member of a class, posed so that its longer side is `side` pixels -> (h, w) uint8 coverage, contours."""
+def cut_out(name, side, rng, above=False):
+    """A random member of a class, posed so that its longer side is `side` pixels -> (h, w) uint8 coverage, contours. above: seen
+    from there, so turned anyhow, but not foreshortened."""
     _, turn, ranges, polygons = (CAST | THINGS)[name]
+    turn = 180 if above else turn
     t, flip = rng.uniform(-turn, turn) * math.pi / 180, rng.choice([-1, 1])
     squeeze, shear = rng.uniform(.65, 1), rng.uniform(-.15, .15)
     tilt = rng.uniform(-.15, .15, 2)   # perspective: one end nearer than the other
+    squeeze, shear, tilt = (1, 0, tilt * 0) if above else (squeeze, shear, tilt)
     turned = np.array([(math.cos(t), -math.sin(t)), (math.sin(t), math.cos(t))]) @ [(flip, shear), (0, squeeze)]
     values = [rng.integers(r.start, r.stop) if isinstance(r, range) else rng.uniform(*r) for r in ranges]
     if name == "polygon":
@@ -151,7 +169,7 @@ def scene(rng, part, index):
     spec, px = PARTS[part], PARTS[part]["px"]
     count = 0 if rng.random() < spec["empty"] else rng.integers(*spec["objects"], endpoint=True)
     labels = rng.integers(spec["classes"], size=count).tolist()
-    labels = [index % spec["classes"]] if part == "single" else labels   # in turn: equally full folders
+    labels = [index % spec["classes"]] * len(labels) if part in ALIKE else labels   # in turn: equally full folders
     under = rng.choice(["polygon", "blob", "stroke"], rng.integers(*spec["under"], endpoint=True)).tolist()
     todo = [(-1, name) for name in under] + [(k, ALL_CLASSES[k]) for k in labels]
     todo += [(-1, "stroke")] * rng.integers(*spec["over"], endpoint=True)
@@ -159,11 +177,11 @@ def scene(rng, part, index):
     items, owner = [], np.zeros((px, px), np.uint8)
     own = {}   # position in `items` + 1 -> pixels of that object, those outside the image included
     for label, name in todo:
-        small, large = spec["side"] if label >= 0 else THING_SIDE
+        small, large = spec["side"] if label >= 0 else THING_SIDE if part not in DOMAINS else [n * 2 / 3 for n in THING_SIDE]
         for _ in range(8):
-            cover, shapes = cut_out(name, math.exp(rng.uniform(math.log(small), math.log(large))), rng)
+            cover, shapes = cut_out(name, math.exp(rng.uniform(math.log(small), math.log(large))), rng, part == "aerial")
             h, w = cover.shape
-            if part == "single" and label >= 0:
+            if part in ALIKE and part != "aerial" and label >= 0:
                 x, y = (int((px - n) / 2 + rng.uniform(-.12, .12) * px) for n in (w, h))
             else:   # up to 15% of either side may lie outside
                 x, y = (int(rng.uniform(-.15 * n, px - .85 * n)) for n in (w, h))
@@ -264,12 +282,38 @@ def paint(rng, part, items):
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(.4, .9))) if rng.random() < .25 else image
 
 
+def lines(rng, part, items):
+    """-> PIL RGB image: the outlines of the items, drawn by hand. `sketch`: a pencil, once or twice along each, on paper of some
+    grain; `strokes`: a pen, pixels black or white."""
+    px, sketch = PARTS[part]["px"], part == "sketch"
+    strength, width = (int(rng.integers(150, 256)), int(rng.integers(3, 7))) if sketch else (255, int(rng.integers(7, 14)))
+    ink = np.zeros((px, px), np.uint8)
+    for item in items:
+        drawn, near = Image.new("L", (px * OVERSAMPLE, px * OVERSAMPLE)), Image.new("L", (px, px))
+        pen = ImageDraw.Draw(drawn)
+        for p in item["shapes"]:
+            p = p + np.array([item["x"], item["y"]]) * OVERSAMPLE
+            for _ in range(rng.integers(1, 3) if sketch else 1):   # a shaky hand: corners are missed, ends do not quite meet
+                hand = p + rng.normal(0, .015 * np.ptp(p, 0).max(), p.shape)
+                hand = np.concatenate([hand, hand[:1] + rng.normal(0, 2, 2)])
+                pen.line(hand.ravel().tolist(), fill=strength, width=width, joint="curve")
+        near.paste(Image.fromarray(item["cover"]), (item["x"], item["y"]))   # a hole may reach out of what it is cut from
+        near = np.asarray(near.filter(ImageFilter.MaxFilter(7))) >= 128
+        ink = np.maximum(ink, np.asarray(drawn.reduce(OVERSAMPLE)) * near)
+    ink = ink[..., None] / np.float32(255)   # (px, px, 1)
+    if not sketch:
+        return Image.fromarray((255 * (ink < .5)).astype(np.uint8).repeat(3, 2))
+    paper, lead = rng.uniform(205, 255) + rng.normal(0, 6, 3), rng.uniform(20, 110)
+    canvas = paper + rng.uniform(2, 6) * rng.standard_normal((px, px, 1)) - 20 * pattern("clouds", rng, (px, px), 0)[..., None]
+    return Image.fromarray((canvas + ink * (lead - canvas)).clip(0, 255).astype(np.uint8))
+
+
 def draw(seed, split, index, part="det"):
     """-> PIL RGB image; boxes (N, 4) float32 xyxy of the visible pixels; labels (N,) int64 into ALL_CLASSES, of which
     CLASSES is the beginning; mask (H, W) uint8 with 0 = background and k + 1 = class k. N may be 0."""
     stream, _ = PARTS[part]["splits"][split]
     items, owner = scene(np.random.default_rng((seed, stream, index)), part, index)
-    image = paint(np.random.default_rng((seed, stream, index, 1)), part, items)
+    image = (lines if part in ("sketch", "strokes") else paint)(np.random.default_rng((seed, stream, index, 1)), part, items)
     labels = np.array([item["label"] for item in items], np.int64)
     mask = np.concatenate([[0], labels + 1]).astype(np.uint8)[owner]
     objects = np.flatnonzero(labels >= 0)
@@ -280,7 +324,7 @@ def draw(seed, split, index, part="det"):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 def write(folder, part, sizes, seed):
-    """The images, in class folders for `single`; for `det` also a COCO json per split."""
+    """The images, in class folders for `single` and the domains; for `det` also a COCO json per split."""
     for split, count in sizes.items():
         for name in ALL_CLASSES:   # folders also of classes without an image: class numbers never depend on the sizes
             (folder / FILES[part].format(split=split, name=name, i=0)).parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for tests that start scripts
 
 
-def start(*args, processes=1, **environment):
-    """st.py as a user starts it, on one thread a process; torchrun's for several."""
+def start(*args, processes=1, script="st.py", **environment):
+    """A script as a user starts it, on one thread a process; torchrun's for several."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 60000))]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "st.py"), *map(str, args)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
@@ -29,7 +29,7 @@ KILLER = '''
 import os, signal, sys
 import torch
 sys.path.insert(0, {root!r})
-import ops, st, util, world
+import {script}, ops, util, world
 left = {count}
 def counted(f):
     def call(*args, **kwargs):
@@ -41,15 +41,15 @@ def counted(f):
         return f(*args, **kwargs)
     return call
 {lines}
-util.run(st.main)
+util.run({script}.main)
 '''
 
 
-def killed(folder, places, count, *args):
-    """st.py, killed at the count-th call of any of the functions `places`; the script for that is written to `folder`. -> the
+def killed(folder, places, count, *args, script="st"):
+    """A script, killed at the count-th call of any of the functions `places`; the script for that is written to `folder`. -> the
     line that says where, "" if it ended before."""
     lines = "\n".join(f"{place} = counted({place})" for place in places)
-    (folder / "killer.py").write_text(KILLER.format(root=str(ROOT), lines=lines, count=count))
+    (folder / "killer.py").write_text(KILLER.format(root=str(ROOT), script=script, lines=lines, count=count))
     ended = subprocess.run([sys.executable, str(folder / "killer.py"), *map(str, args)], capture_output=True, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode in (-signal.SIGKILL, 0), ended.stderr

@@ -534,3 +534,54 @@ def test_the_file_works_alone(tmp_path):
     assert run.returncode == 0, run.stderr
     where, torch_loaded = run.stdout.split()
     assert os.path.realpath(where) == os.path.realpath(tmp_path / 'augment.py') and torch_loaded == 'False'
+
+
+# --- views of MoCo and SimCLR
+
+def test_random_crops_have_torchvisions_areas_and_ratios():
+    """Where a crop came from is read off an image whose pixels are their coordinates, enlarged so that the ends are exact."""
+    h, w = 60, 90
+    y, x = np.mgrid[:h, :w]
+    image, rng, areas, ratios = Image.fromarray(np.stack([x, y, x * 0], 2).astype(np.uint8)), np.random.default_rng(0), [], []
+    for _ in range(400):
+        crop = np.asarray(A.random_crop(image, 180, (0.2, 1), rng)).astype(float)
+        cw, ch = crop[..., 0].max() - crop[..., 0].min() + 1, crop[..., 1].max() - crop[..., 1].min() + 1
+        assert crop.shape == (180, 180, 3) and crop[..., 0].max() < w and crop[..., 1].max() < h
+        areas.append(cw * ch / (w * h))
+        ratios.append(cw / ch)
+    assert 0.18 < min(areas) < 0.25 and 0.85 < max(areas) <= 1 and 0.45 < np.mean(areas) < 0.62  # of 1 few fit: 3:2 is no ratio
+    assert 0.72 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.4
+    for size in ((400, 20), (20, 400), (1, 1)):  # no legal crop of such an area: the largest in the middle
+        assert A.random_crop(Image.new("RGB", size), 8, (1, 1), rng).size == (8, 8)
+
+
+def test_a_view_without_colour_changes_is_a_crop():
+    image = Image.fromarray(noise(40, 40))
+    for seed in range(20):
+        view = A.view(image, 16, (1, 1), (0, 0, 0, 0), 0, (1e-9, 1e-9), np.random.default_rng(seed))
+        whole = A.random_crop(image, 16, (1, 1), np.random.default_rng(seed))
+        mirrored = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert min(np.abs(np.asarray(view).astype(int) - np.asarray(o)).max() for o in (whole, mirrored)) <= 4  # HSV and back
+
+
+def test_the_hue_of_a_view_is_turned_as_torchvision_does(monkeypatch):
+    image = Image.fromarray(noise(32, 32))
+    monkeypatch.setattr(A, "random_crop", lambda image, *_: image)
+    seen = set()
+    for seed in range(40):
+        view = np.asarray(A.view(image, 32, (1, 1), (0, 0, 0, 0.5), 0, (1e-9, 1e-9), np.random.default_rng(seed))).astype(int)
+        turns = [np.asarray(F.adjust_hue(image, k / 20)).astype(int) for k in range(-10, 11)]
+        near = min((np.abs(o - v).mean(), k) for k, o in enumerate(turns) for v in (view, view[:, ::-1]))
+        assert near[0] < 12, seed
+        seen.add(near[1])
+    assert len(seen) > 12
+
+
+def test_grey_blur_and_flip_of_views_are_as_frequent_as_they_should_be():
+    image, draws = Image.fromarray(noise(32, 32)), 400
+    views = [np.asarray(A.view(image, 32, (1, 1), (0, 0, 0, 0.5), 0.2, (2, 2), np.random.default_rng((1, k)))).astype(float)
+             for k in range(draws)]
+    grey = [np.ptp(v, 2).max() <= 3 for v in views]
+    assert 0.14 < np.mean(grey) < 0.26
+    rough = [np.abs(np.diff(v, axis=1)).mean() for v in views]
+    assert 0.4 < np.mean([r < 12 for r in rough]) < 0.6 and np.mean([12 <= r < 14 for r in rough]) < 0.05

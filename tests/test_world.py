@@ -217,3 +217,39 @@ def test_a_build_that_another_process_finished_meanwhile_is_kept(tmp_path, monke
 def test_unknown_split_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="no such split"):
         world.build(tmp_path, "unlabeled", {"valid": 2})
+
+
+# ---- domains -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("domain", list(world.DOMAINS))
+def test_a_domain_has_all_classes_in_turn_and_splits_of_its_own(domain, tmp_path):
+    folder = world.build(tmp_path, domain, {"train": 24, "val": 12, "test": 12})
+    for split, n in (("train", 2), ("val", 1), ("test", 1)):
+        assert [len(list((folder / split / name).iterdir())) for name in world.ALL_CLASSES] == [n] * 12
+    images = [np.asarray(Image.open(f)) for f in sorted(folder.rglob("*.[jp][pn]g"))]
+    assert len({image.tobytes() for image in images}) == 48 and all(image.shape == (64, 64, 3) for image in images)
+
+
+def test_streams_of_random_numbers_are_used_once():
+    streams = [stream for spec in world.PARTS.values() for stream, _ in spec["splits"].values()]
+    assert len(set(streams)) == len(streams)
+
+
+def test_domains_look_as_they_are_called():
+    def many(domain):
+        return np.stack([everything(7, "train", i, domain)[0] for i in range(24)]).astype(float)
+    strokes, sketch, photo = many("strokes"), many("sketch"), many("photo")
+    assert set(np.unique(strokes)) == {0, 255} and .03 < (strokes == 0).mean() < .35
+    assert np.median(sketch) > 180 and np.ptp(sketch, 3).mean() < 25 < np.ptp(photo, 3).mean()
+    boxes = [everything(7, "train", i, "aerial")[1:3] for i in range(48)]
+    assert max(max(b[2] - b[0], b[3] - b[1]) for found, _ in boxes for b in found) <= 26
+    assert {len(found) for found, _ in boxes} == {1, 2, 3} and all(len(set(labels.tolist())) == 1 for _, labels in boxes)
+
+
+def test_a_drawn_outline_follows_its_object():
+    """No ink far from the object's mask: the hole of a crescent reaches out of it, its outline does not."""
+    for i in range(5, 120, 12):
+        image, _, labels, mask = everything(7, "train", i, "strokes")
+        y, x = np.nonzero(image[..., 0] == 0)
+        near = np.array([mask[max(0, b - 5):b + 6, max(0, a - 5):a + 6].any() for a, b in zip(x, y)])
+        assert labels[0] == world.ALL_CLASSES.index("crescent") and near.all()

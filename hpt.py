@@ -1,0 +1,530 @@
+"""Hierarchical pre-training: HPT (Reed et al. 2022, "Self-Supervised Pretraining Improves Self-Supervised Pretraining"), that is
+MoCo v2 (Chen et al. 2020), starting from a backbone that is pre-trained already, on one set of images after another.
+
+    python hpt.py                               on the embedded domains: Base, Target, HPT, HPT-BN; some minutes on two cores
+    python hpt.py --recipe hpt --init moco_v2_800ep_pretrain.pth.tar --stage DIR:5000 --eval linear --out runs/hpt
+    python hpt.py --stage photo:600 --stage sketch:200:bn --eval linear,knn --out runs/chain          base, then target (HPT-BN)
+    torchrun --nproc_per_node 4 hpt.py --recipe hpt ...
+
+A stage is SRC[:STEPS[:MODE]]. SRC: a folder of images, a .txt list, or an embedded domain by name (world.py). MODE:
+    all     everything is trained                                      Target (from random), HPT (from a base)
+    bn      affine of every batch norm, and the projection; running statistics move, convolutions stay     HPT-BN
+    stats   running statistics are re-estimated, nothing is trained (STEPS: one pass by default)           Base
+Each stage is a run of its own, with its own cosine, in OUT/1_all_photo/ and so on; only the query backbone goes from one to the
+next, as backbone.pt (torchvision's names; st.py --init takes it). Pixels are normalised by each source's own mean and deviation,
+which backbone.pt holds, but st.py normalises by ImageNet's. The same command resumes where it stopped, bit for bit on CPU.
+
+After facts of the released code, where it and the text disagree: HPT-BN trains affine and moves statistics; the projection is
+drawn anew in every stage. Other than there: gradients of HPT-BN are averaged over the processes, so are running statistics;
+batch-norm groups do not depend on the number of processes. The paper does not say how Base's statistics are estimated: here
+as the average over batches of the views that the other modes are trained on. Not here: BYOL, LARS, multi-label data, detection.
+"""
+import copy
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import augment
+import backbones
+import data
+import probe
+import runs
+import show
+import util
+import world
+from util import UserError
+
+EMBEDDED = [*world.DOMAINS, "single", "unlabeled"]  # sources by name
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+# MoCo v2 as in HPT's configurations: SGD, momentum 0.9, lr linear in the batch, cosine to 0, no warm-up. groups: into how many
+# batch norm cuts a batch (there: GPUs); queue, m: keys and their encoder's momentum; jitter, crop, grey, blur: augment.view.
+MOCO = dict(method="moco", backbone="resnet50", image_size=224, batch=256, groups=4, queue=65536, m=0.999, steps=5000, lr=0.03,
+            weight_decay=1e-4, crop=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0.4), grey=0.2, blur=(0.1, 2), pixels="source",
+            probe_steps=5000, tune_steps=2500, tune_batch=256)
+RECIPES = {
+    "hpt": MOCO,  # hue 0.4, though its base was trained with 0.1
+    # The official one: 200 epochs of ImageNet (per-epoch cosine there, per step here).
+    "moco-v2": {**MOCO, "groups": 8, "jitter": (0.4, 0.4, 0.4, 0.1), "steps": 200 * 5004, "pixels": "imagenet"},
+    # SimCLR (Chen et al. 2020), 100 epochs of ImageNet: views and batch theirs [recalled]. SGD as above for want of LARS; no
+    # batch norm in the projection.
+    "simclr": {**MOCO, "method": "simclr", "batch": 4096, "steps": 100 * 313, "crop": (0.08, 1), "jitter": (0.8, 0.8, 0.8, 0.2),
+               "pixels": "imagenet"},
+    # Ours, for two CPU cores: a key encoder that follows within hundreds of steps, a queue smaller than the data.
+    "tiny": {**MOCO, "backbone": "resnet10", "image_size": 64, "batch": 64, "groups": 2, "queue": 1024, "m": 0.99, "steps": 400,
+             "lr": 0.24, "jitter": (0.4, 0.4, 0.4, 0.1), "blur": (0.1, 1), "probe_steps": 2000, "tune_steps": 200,
+             "tune_batch": 64},
+}
+TEMPERATURE = {"moco": 0.2, "simclr": 0.1}
+DIM = 128  # of the embedding
+VALUES = "loss", "positive", "negative"  # what a step reports: its loss, mean similarity of positive and negative pairs
+DEMO = "photo:1500", {  # the run without arguments: the base, and what follows it; Target starts from random weights
+    "Base": "sketch:stats", "Target": "sketch:1500", "HPT": "sketch:400", "HPT-BN": "sketch:400:bn"}
+
+
+@dataclass
+class Config:
+    init: str = "random"
+    stage: list = None
+    out: str = "runs/hpt"
+    seed: int = 0
+    root: str = "datasets/shapes"
+    recipe: str = "tiny"
+    method: str = None
+    backbone: str = None
+    image_size: int = None
+    batch: int = None
+    groups: int = None
+    queue: int = None
+    lr: float = None
+    eval: str = ""
+    data: str = ""
+    labels: int = 1000
+    augmented: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    workers: int = -1
+    save_every: int = 0
+
+
+HELP = {
+    "stages": {
+        "init": "backbone to start from: random, imagenet, or a file (see README, --init)",
+        "stage": "SRC[:STEPS[:all|bn|stats]], any number of times; SRC: folder, .txt list, " + ", ".join(EMBEDDED),
+        "out": "run directory; the same command resumes it",
+        "seed": "of weights, image order, views, probes",
+        "root": "where the embedded domains are drawn"},
+    "training": {
+        "recipe": f"{{{'|'.join(RECIPES)}}} row that sets what follows",
+        "method": "{moco|simclr} contrastive loss: a queue of keys, or the other views of the batch",
+        "backbone": "see backbones.py",
+        "image_size": "of the views, pixels",
+        "batch": "images of a step, over all processes",
+        "groups": "of a batch that batch norm sees apart, over all processes (a multiple of them); keys are shuffled among them",
+        "queue": "K, keys in MoCo's queue",
+        "lr": "at batch 256; scaled with the batch"},
+    "evaluation": {
+        "eval": "any of linear,finetune,knn, of the last backbone, on --data",
+        "data": "folder with train/CLASS, val/CLASS and perhaps test/CLASS, or an embedded domain; default: the last stage's",
+        "labels": "of finetune",
+        "augmented": "linear on random crops and flips, as in the paper, instead of on stored features: slower"},
+    "machine": {
+        "precision": "{auto|bf16|fp32} auto: bf16 where the hardware multiplies it natively",
+        "device": "{auto|cpu|cuda}",
+        "workers": "loader processes per process, -1 for automatic",
+        "save_every": "steps between checkpoints; 0: a tenth of the stage"},
+}
+
+
+# ---- the algorithm -----------------------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    """images (B, 3, S, S) uint8 -> unit vectors (B, DIM) float32: backbone, mean over C5, Linear-ReLU-Linear without norm."""
+
+    def __init__(self, name, pixels, dtype):
+        super().__init__()
+        self.backbone, self.pixels, self.dtype = backbones.build(name), pixels, dtype  # pixels: mean, deviation
+        c = self.backbone.channels[5]
+        self.head = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, DIM))
+        for layer in (self.head[0], self.head[2]):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.head(self.backbone(probe.normalise(images, self.pixels))[5].mean((2, 3)))
+        return F.normalize(z.float(), dim=1)
+
+
+class MoCo(nn.Module):
+    """MoCo v2. groups, over all processes: batch norm sees them apart; keys are shuffled among them, lest a query recognises its
+    key by the statistics of its group (shuffle-BN). Processes and groups on one process come to the same."""
+
+    def __init__(self, query, K, m, T, groups, seed, rank, ranks):
+        super().__init__()
+        self.query, self.key = query, copy.deepcopy(query).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(DIM, K), dim=0))
+        self.m, self.T, self.groups, self.seed, self.rank, self.ranks = m, T, groups // ranks, seed, rank, ranks
+
+    def forward(self, views, step):
+        """views: uint8 (2, B, 3, S, S), this process's share of N images -> loss, [loss, positive, negative similarity]."""
+        q = in_groups(self.query, views[0], self.groups)                                     # (B, D)
+        with torch.no_grad():
+            for a, b in zip(self.query.parameters(), self.key.parameters()):
+                if a.requires_grad:  # rounding would move what is frozen
+                    b.mul_(self.m).add_(a, alpha=1 - self.m)
+            keys = self.keys(views[1], step)                                                 # (N, D)
+        k = keys.chunk(self.ranks)[self.rank]                                                # (B, D)
+        positive, negative = (q * k).sum(1, keepdim=True), q @ self.queue.clone()            # (B, 1), (B, K)
+        logits = torch.cat([positive, negative], 1) / self.T                                 # (B, 1 + K)
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        at = step * len(keys) % self.queue.shape[1]  # the pointer; K is a multiple of N
+        self.queue[:, at:at + len(keys)] = keys.T
+        return loss, torch.stack([loss, positive.mean(), negative.mean()]).detach()
+
+    def keys(self, images, step):
+        """Keys of the whole batch, (N, D) in its order, each computed within a random group."""
+        images = gathered(images)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        mine = images[order.chunk(self.ranks)[self.rank].to(images.device)].contiguous(memory_format=torch.channels_last)
+        return gathered(in_groups(self.key, mine, self.groups))[order.argsort().to(images.device)]
+
+    def chance(self, batch):
+        return math.log(1 + self.queue.shape[1])
+
+
+class SimCLR(nn.Module):
+    """NT-Xent: each of the 2N views of a step finds the other one of its image among all 2N - 1."""
+
+    def __init__(self, query, T, rank, ranks):
+        super().__init__()
+        self.query, self.T, self.rank, self.ranks = query, T, rank, ranks
+
+    def forward(self, views, step):
+        """As MoCo's. Every process computes the loss of all views, in which its own carry gradient; times the processes, since
+        DDP averages."""
+        z = []
+        for own in self.query(views.flatten(0, 1)).chunk(2):                                 # (B, D)
+            every = list(gathered(own.detach()).chunk(self.ranks))
+            every[self.rank] = own
+            z += every
+        z = torch.cat(z)                                                                     # (2N, D)
+        similar, other = z @ z.T, torch.arange(len(z), device=z.device).roll(len(z) // 2)    # (2N, 2N), (2N,)
+        loss = F.cross_entropy((similar / self.T).fill_diagonal_(-math.inf), other)
+        positive = similar.gather(1, other[:, None]).mean()
+        negative = (similar.sum() - len(z) * (1 + positive)) / (len(z) * (len(z) - 2))
+        return loss * self.ranks, torch.stack([loss, positive, negative]).detach()
+
+    def chance(self, batch):
+        return math.log(2 * batch - 1)
+
+
+class Statistics(nn.Module):
+    """Base: running statistics become the plain average over the batches of the stage."""
+
+    def __init__(self, query):
+        super().__init__()
+        self.query = query
+        for m in norms(query):
+            m.reset_running_stats()
+            m.momentum = None  # average, not moving average
+
+    @torch.no_grad()
+    def forward(self, views, step):
+        self.query(views[0])
+        return None, torch.zeros(3, device=views.device)
+
+
+def in_groups(net, images, groups):
+    return torch.cat([net(part) for part in images.chunk(groups)])
+
+
+def gathered(x):
+    """(B, ...) -> (N, ...) of all processes, in their order, without gradient."""
+    if not dist.is_initialized():
+        return x
+    every = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, x.contiguous())
+    return torch.cat(every)
+
+
+def norms(net):
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def freeze(backbone, mode):
+    """Leaves trainable what the mode trains of a backbone."""
+    backbone.requires_grad_(mode == "all")
+    for m in norms(backbone):
+        m.requires_grad_(mode != "stats")
+
+
+def train(folder, net, paths, steps, c, seed, flags, run, log):
+    """Trains net (MoCo, SimCLR or Statistics) for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its
+    own there -> last [loss, positive, negative similarity]."""
+    (rank, ranks, device, _), batch, start, values = run, c["batch"], 0, []
+    trained, quarantine, stop = [p for p in net.parameters() if p.requires_grad], set(), runs.Stop()
+    optimizer = torch.optim.SGD(trained or [torch.zeros(1)], lr=0.0, momentum=0.9, weight_decay=c["weight_decay"])
+    if state := runs.load_latest(folder):
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, values = state["step"], state["values"]
+    ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
+                                  broadcast_buffers=False) if ranks > 1 and trained else net
+    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers), time.time(), 0.0
+    net.train()
+    for step in range(start, steps):
+        clock = time.time()
+        views, bad = next(batches)
+        waited += time.time() - clock
+        if step == 0 and rank == 0:
+            save_views(views, folder / "first_batch.png")
+        runs.note_bad(folder, bad, quarantine)
+        lr = c["lr"] * batch / 256 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss, values = ddp(views.to(device, non_blocking=True), step)
+        if trained:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        notes = torch.tensor([float(stop.asked), float(len(quarantine))], device=device)
+        *values, stopping, unusable = (util.all_sum(torch.cat([values, notes])) / ranks).tolist()  # waits for the device
+        if not math.isfinite(sum(values)):
+            raise UserError(f"{folder}: loss is not finite at step {step}; lower --lr, or give --precision fp32")
+        if unusable > max(20, len(paths) // 100):
+            raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
+                            f"run {probe.CHECK} on the images")
+        if step < 10 or (step + 1) % 20 == 0 or step + 1 == steps:
+            spent, shown = time.time() - began, {}
+            if trained:
+                shown = dict(zip(VALUES, values), chance=net.chance(batch), lr=lr)
+            if isinstance(net, MoCo):
+                shown["queue"] = min(1, (step + 1) * batch / c["queue"])  # how full of keys
+            log.progress(folder.name, step + 1, steps, began, start, **shown, images_s=(step + 1 - start) * batch / spent,
+                         waiting=waited / spent)
+        last = step + 1 == steps or stopping
+        if last or (step + 1) % (flags.save_every or max(1, steps // 10)) == 0:
+            for buffer in (b for m in norms(net) for b in (m.running_mean, m.running_var) if ranks > 1):
+                buffer.copy_(util.all_sum(buffer.clone()) / ranks)
+            if rank == 0:
+                runs.save_checkpoint(folder, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                                              "values": values})
+        if stopping:
+            log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
+            raise SystemExit(143)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return values
+
+
+# ---- views -------------------------------------------------------------------------------------------------------
+
+class Views(torch.utils.data.Dataset):
+    """Two views of an image, (2, S, S, 3) uint8. Keys are (step, slot, index): random numbers come from (seed, step, slot)."""
+
+    def __init__(self, paths, c, seed):
+        self.paths, self.seed = paths, seed
+        self.how = [c[k] for k in ("image_size", "crop", "jitter", "grey", "blur")]
+
+    def __getitem__(self, key):
+        step, slot, index = key
+        image, _, bad = probe.read_usable(self.paths, index)
+        rng = np.random.default_rng((self.seed, step, slot))
+        return np.stack([np.asarray(augment.view(image, *self.how, rng)) for _ in range(2)]), bad
+
+
+def collate(samples):
+    """-> views uint8 (2, B, 3, S, S), each in channels_last; [(row, reason)] of unusable files."""
+    views, bad = zip(*samples)
+    reasons = [(i, text) for i, some in enumerate(bad) for text in some]
+    return torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3), reasons
+
+
+def view_loader(paths, start, stop, c, seed, rank, ranks, workers):
+    """This process's share of the batches of steps start..stop-1, of endless shuffled passes over the images."""
+    batch, mine = c["batch"], c["batch"] // ranks
+    keys = ([(step, slot, data.shuffled_index(step * batch + slot, len(paths), seed))
+             for slot in range(rank * mine, (rank + 1) * mine)] for step in range(start, stop))
+    return data.loader(Views(paths, c, seed), keys, workers, collate)
+
+
+def save_views(views, path, images=8):
+    """The two views of some images, side by side, as a PNG."""
+    pictures = views[:, :images].permute(1, 0, 3, 4, 2).flatten(0, 1).contiguous().numpy()
+    show.save_sheet(path, [(Image.fromarray(p), data.nothing(i), f"image {i // 2}, view {i % 2 + 1}", show.HUMAN)
+                           for i, p in enumerate(pictures)], [])
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+def folder_of(source, root):
+    """A source by name, drawn if need be, or the path it is."""
+    return str(data.embedded(root, source)) if source in EMBEDDED else source
+
+
+def image_paths(source, root):
+    """Paths (n,) of the images of a source. Of folders with train/ only those, and those of val/ if there is a test/ too: never
+    what an evaluation reports on."""
+    place = folder_of(source, root)
+    parts = [p for p in ("train", "val") if os.path.isdir(os.path.join(place, p))] if \
+        os.path.isdir(os.path.join(place, "train")) else []
+    parts = parts if os.path.isdir(os.path.join(place, "test")) else parts[:1]
+    try:
+        return np.concatenate([data.list_images(os.path.join(place, part) if part else place) for part in parts or [""]])
+    except UserError as error:
+        raise UserError(str(error).replace("--unlabeled", "--stage") + f", or one of {', '.join(EMBEDDED)}")
+
+
+def parse(text):
+    """SRC[:STEPS[:MODE]] -> (SRC, STEPS or None, MODE)."""
+    source, steps, mode = re.fullmatch(r"(.*?)(?::(\d+))?(?::(all|bn|stats))?", text).groups()
+    if not source or steps and not int(steps):
+        raise UserError(f"--stage {text} names no source or no step; give SRC[:STEPS[:all|bn|stats]], e.g. sketch:500:bn")
+    return source, int(steps) if steps else None, mode or "all"
+
+
+def slug(source):
+    return re.sub(r"\W+", "-", Path(source).stem or "images")[:40]
+
+
+def digest(init):
+    """What tells one --init from another: the hash of its file."""
+    return data.file_digest(backbones.split_source(init)[1]) if init not in ("random", "imagenet") else init
+
+
+def load(backbone, init):
+    try:
+        if init == "imagenet":
+            util.rank0_first(lambda: backbones.imagenet_file(backbone.name) and None)
+        return backbones.load_backbone(backbone, init)
+    except ValueError as error:
+        raise UserError(f"--init {init}: {error}")
+
+
+def objective(query, mode, c, seed, rank, ranks):
+    if mode == "stats":
+        return Statistics(query)
+    if c["method"] == "simclr":
+        return SimCLR(query, TEMPERATURE["simclr"], rank, ranks)
+    return MoCo(query, c["queue"], c["m"], TEMPERATURE["moco"], c["groups"], seed, rank, ranks)
+
+
+def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, log):
+    """One run: `init`, trained on the images `paths` -> {"weights": hash, "mean", "std", ...}, and folder/backbone.pt."""
+    rank, ranks, device, dtype = run
+    deps = {**{k: v for k, v in c.items() if not k.startswith(("probe", "tune"))}, "mode": mode, "steps": steps,
+            "init": init_digest, "images": runs.digest([os.fsdecode(p) for p in paths.tolist()]), "seed": flags.seed,
+            "precision": str(dtype)}
+    if result := util.rank0_first(lambda: runs.stage(folder, deps)):
+        log.say(f"{folder}: finished before")
+        return result
+    mean, std = util.rank0_first(lambda: probe.measure(paths)) if c["pixels"] == "source" else probe.IMAGENET
+    seed = int(runs.digest([flags.seed, folder.name]), 16) % 2 ** 31  # every stage draws its own images and views
+    torch.manual_seed(seed)
+    query = Encoder(c["backbone"], (mean, std), dtype)
+    log.say(load(query.backbone, str(init)))
+    freeze(query.backbone, mode)
+    query.head.requires_grad_(mode != "stats")
+    given = {k: v.clone() for k, v in query.backbone.state_dict().items()}
+    net = objective(query, mode, c, seed, rank, ranks)
+    if device.type == "cuda" and isinstance(net, SimCLR) and ranks > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as SimCLR does; MoCo's groups must not know of each other
+    net.to(device, memory_format=torch.channels_last)
+    trained, total = (sum(p.numel() for p in query.parameters() if p.requires_grad >= which) / 1e6 for which in (True, False))
+    log.say(f"{folder}: {steps} steps of {c['batch']} images out of {len(paths)}, {c['method']}, {mode}, lr "
+            f"{c['lr'] * c['batch'] / 256:.4g} (given {c['lr']:g} at batch 256), {trained:.3g}M of {total:.3g}M parameters, "
+            f"{str(dtype)[6:]} on {device}, {ranks} processes; pixels: mean {np.round(mean, 3)}, deviation {np.round(std, 3)}")
+    if isinstance(net, MoCo) and c["queue"] > len(paths):
+        log.say(f"warning: the queue holds {c['queue']} keys of {len(paths)} images: an image's own old keys are among its "
+                "negatives; --queue sets another size")
+    began = time.time()
+    values = train(folder, net, paths, steps, c, seed, flags, run, log)
+    state = {k: v.cpu() for k, v in net.query.backbone.state_dict().items()}
+    moved = [k for k, p in query.backbone.named_parameters() if not p.requires_grad and not torch.equal(given[k], state[k])]
+    assert not moved, f"frozen, but changed: {moved[:3]}"
+    result = {"weights": runs.digest_weights(state), "mean": mean, "std": std, "images": len(paths), "steps": steps, "mode": mode,
+              **(dict(zip(VALUES, values)) if mode != "stats" else {}), "seconds": round(time.time() - began, 1)}
+    about = dict(backbone=c["backbone"], mean=mean, std=std, source=source, mode=mode, steps=steps, init=str(init))
+
+    def finish():
+        runs.write_atomic(folder / "backbone.pt", lambda p: torch.save({"model": state, "about": about}, p))
+        return runs.finish(folder, deps, result)
+    return util.rank0_first(finish)
+
+
+# ---- the pipeline ------------------------------------------------------------------------------------------------
+
+def settings(flags, ranks):
+    c = {**RECIPES[flags.recipe]}
+    c.update({k: v for k in c if (v := getattr(flags, k, None)) is not None})
+    if flags.groups is None:
+        c["groups"] = max(c["groups"], ranks)
+    if c["backbone"] not in backbones.NAMES:
+        raise UserError(f"--backbone {c['backbone']} is unknown; give one of {', '.join(backbones.NAMES)}")
+    if min(c["batch"], c["groups"], c["queue"], c["image_size"], flags.labels) < 1 or not c["lr"] > 0:
+        raise UserError("--batch, --groups, --queue, --image-size, --labels and --lr must be above 0")
+    if c["groups"] % ranks or c["batch"] % c["groups"] or c["batch"] < 2 * c["groups"]:
+        raise UserError(f"--batch {c['batch']} cannot be cut into {c['groups']} batch-norm groups of two or more images on"
+                        f" {ranks} processes; give a --groups that divides the batch and is a multiple of the processes")
+    if c["method"] == "moco" and c["queue"] % c["batch"]:
+        raise UserError(f"--queue {c['queue']} is no multiple of the batch, {c['batch']}; give e.g. --queue "
+                        f"{max(1, round(c['queue'] / c['batch'])) * c['batch']}")
+    if odd := set(filter(None, flags.eval.split(","))) - probe.EVALUATIONS.keys():
+        raise UserError(f"--eval {sorted(odd)[0]} is unknown; give any of {','.join(probe.EVALUATIONS)}")
+    return c
+
+
+def pipeline(out, init, stages, evals, target, c, flags, run):
+    """The stages one after another, then the evaluations of the last backbone on the labelled data `target` -> {what: result}."""
+    rank, out = run[0], Path(out)
+    todo = [(*parse(text), util.rank0_first(lambda: image_paths(parse(text)[0], flags.root))) for text in stages]
+    for source, _, _, paths in todo:
+        if len(paths) < c["batch"]:
+            raise UserError(f"--stage {source} has {len(paths)} images, fewer than a batch of {c['batch']}; lower --batch")
+    target = target or (todo[-1][0] if todo else "")
+    if evals and not target:
+        raise UserError("--eval needs --data, a folder with train/CLASS and val/CLASS, or an embedded domain")
+    sets = probe.load(util.rank0_first(lambda: folder_of(target, flags.root)), flags.seed) if evals else None
+    load(backbones.build(c["backbone"]), init)  # fails now, not in the first stage
+    util.rank0_first(lambda: runs.claim(out))
+    log, results, init_digest = util.Log(out / "log.jsonl", rank), {}, util.rank0_first(lambda: digest(init))
+    for number, (source, steps, mode, paths) in enumerate(todo, 1):
+        folder = out / f"{number}_{mode}_{slug(source)}"
+        steps = steps or (math.ceil(len(paths) / c["batch"]) if mode == "stats" else c["steps"])
+        results[folder.name] = stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, log)
+        init, init_digest = folder / "backbone.pt", results[folder.name]["weights"]
+    for name in evals:
+        backbone = backbones.build(c["backbone"])
+        torch.manual_seed(flags.seed)
+        load(backbone, str(init))
+        results[name] = util.rank0_first(lambda: probe.evaluated(
+            name, out / f"{name}_{slug(target)}", backbone, init_digest, sets, {**c, "labels": flags.labels,
+            "augmented": flags.augmented, "seed": flags.seed, "workers": flags.workers}, run, log))
+    if rank == 0:
+        runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "init": flags.init, "data": target})
+        log.say(f"written: {out}/results.json" + (f", {init}" if todo else ""))
+    return results
+
+
+def demo(c, flags, run):
+    """Base, Target, HPT and HPT-BN on two embedded domains, and their linear probes."""
+    out, (first, rows), found, began = Path(flags.out), DEMO, {}, time.time()
+    base = str(out / "source" / next(iter(pipeline(out / "source", flags.init, [first], [], "", c, flags, run))) / "backbone.pt")
+    for row, text in rows.items():
+        init = "random" if row == "Target" else base
+        found[row] = pipeline(out / row, init, [text], ["linear"], "", c, flags, run)["linear"]
+    if run[0] == 0:
+        runs.write_json(out / "results.json", {**found, "command": " ".join(sys.argv), "seed": flags.seed})
+        print(f"{'':8}{'starts from':16}{'then':20}linear probe: test accuracy")
+        for row, text in rows.items():
+            print(f"{row:8}{'random' if row == 'Target' else first:16}{text:20}{found[row]['accuracy']:.3f}")
+        print(f"One seed ({flags.seed}): how much these vary from seed to seed is not shown. {time.time() - began:.0f} s. "
+              f"Written: {out}/results.json")
+
+
+def main(argv=None):
+    flags = util.parse_flags(Config, __doc__, HELP, argv)
+    rank, ranks, device, flags.workers = util.setup(flags.device, flags.workers)
+    run = (rank, ranks, device, util.precision(flags.precision, device))
+    c = settings(flags, ranks)
+    if not flags.stage and not flags.eval:
+        return demo(c, flags, run)
+    pipeline(flags.out, flags.init, flags.stage or [], list(filter(None, flags.eval.split(","))), flags.data, c, flags, run)
+
+
+if __name__ == "__main__":
+    util.run(main)

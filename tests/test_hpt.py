@@ -1,0 +1,398 @@
+"""Pre-training: one step against the formulas, on one process and two; what each mode may change; exact resumption; views."""
+import copy
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import backbones
+import hpt
+import probe
+import runs
+from conftest import ROOT, killed, records, start
+from util import UserError
+
+TINY = ["--image-size", "32", "--batch", "8", "--groups", "2", "--queue", "16", "--precision", "fp32", "--workers", "0"]
+CPU = (0, 1, torch.device("cpu"), torch.float32)
+PIXELS = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
+N, K, M, T = 16, 64, 0.9, 0.2
+
+
+def folders(root, counts):
+    """Noisy images of 40 x 36 px, SPLIT/COLOUR/*.png; counts: images of a class in each split."""
+    rng = np.random.default_rng(0)
+    for split, n in counts.items():
+        for name, colour in {"blue": (30, 60, 220), "green": (60, 220, 30), "red": (220, 30, 60)}.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = (rng.normal(0, 30, (36, 40, 3)) + colour).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return folders(tmp_path_factory.mktemp("images") / "colours", {"train": 6, "val": 3, "test": 4})
+
+
+def main(*args):
+    hpt.main([*TINY, *map(str, args)])
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+def moco(groups=1, rank=0, ranks=1):
+    """An encoder whose key encoder lags behind, as after some steps."""
+    torch.manual_seed(0)
+    net = hpt.MoCo(hpt.Encoder("resnet10", PIXELS, torch.float32), K, M, T, groups, 5, rank, ranks).train()
+    with torch.no_grad():
+        for p in net.query.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return net
+
+
+def simclr(rank=0, ranks=1):
+    torch.manual_seed(0)
+    return hpt.SimCLR(hpt.Encoder("resnet10", PIXELS, torch.float32), T, rank, ranks).train()
+
+
+def views():
+    coarse = torch.rand(2 * N, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return (F.interpolate(coarse, 64, mode="bilinear") * 255).to(torch.uint8).unflatten(0, (2, N))
+
+
+def embedded(encoder, images):
+    """By hand, for a group of images that batch norm sees together."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in PIXELS)
+    pooled = encoder.backbone((images / 255 - mean) / std)[5].mean((2, 3))
+    z = encoder.head[2](encoder.head[0](pooled).clamp(min=0))
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def moco_by_hand(net, views, groups, order):
+    """InfoNCE of query and positive key, and negatives of the queue -> loss, keys."""
+    n = len(order) // groups
+    q = torch.cat([embedded(net.query, views[0][g * n:(g + 1) * n]) for g in range(groups)])
+    with torch.no_grad():
+        for a, b in zip(net.query.parameters(), net.key.parameters()):
+            b.copy_(M * b + (1 - M) * a)
+        k = torch.zeros_like(q)
+        for g in range(groups):
+            rows = order[g * n:(g + 1) * n]
+            k[rows] = embedded(net.key, views[1][rows])
+    losses = [torch.cat([(q[i] @ k[i])[None], q[i] @ net.queue]) / T for i in range(len(order))]
+    return torch.stack([row.logsumexp(0) - row[0] for row in losses]).mean(), k
+
+
+def ntxent_by_hand(z):
+    """z: (2N, D), row i and row i + N of one image."""
+    losses = []
+    for i in range(len(z)):
+        similar, other = z @ z[i] / T, (i + len(z) // 2) % len(z)
+        losses.append(torch.cat([similar[:i], similar[i + 1:]]).logsumexp(0) - similar[other])
+    return torch.stack(losses).mean()
+
+
+def same(gradients, reference):
+    """Up to rounding, which now and then lets a ReLU fall on the other side of 0."""
+    for g, (name, p) in zip(gradients, reference.named_parameters()):
+        assert p.grad.norm() > 0 and (g - p.grad).norm() < 2e-2 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_of_moco_is_its_formula(groups):
+    net = moco(groups)
+    reference, order = copy.deepcopy(net), torch.randperm(N, generator=torch.Generator().manual_seed(5 * 1_000_003 + 3))
+    loss, values = net(views(), 3)
+    expected, keys = moco_by_hand(reference, views(), groups, order)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and values[0] == loss
+    same([p.grad for p in net.query.parameters()], reference.query)
+    assert torch.allclose(net.queue[:, 48:], keys.T, atol=1e-5)  # the fourth sixteen of 64
+    assert torch.equal(net.queue[:, :48], reference.queue[:, :48])
+    assert all(p.grad is None for p in net.key.parameters())
+
+
+def test_the_queue_wraps_around_and_holds_the_last_keys():
+    net = moco()
+    with torch.no_grad():
+        for step in range(K // N + 1):
+            before = net.queue.clone()
+            net(views(), step)
+            changed = (net.queue != before).any(0).nonzero().flatten().tolist()
+            assert changed == list(range(step * N % K, step * N % K + N))
+    assert torch.allclose(net.queue.norm(dim=0), torch.ones(K))
+
+
+def test_the_key_encoder_follows_by_m_alone():
+    net = moco()
+    before, buffers = copy.deepcopy(net.key), dict(net.query.named_buffers())
+    net(views(), 0)[0].backward()
+    torch.optim.SGD(net.query.parameters(), lr=1.0).step()
+    keys, query = dict(net.key.named_parameters()), dict(net.query.named_parameters())
+    start = dict(moco().query.named_parameters())  # before the step: the update comes before the key forward
+    for name, old in before.named_parameters():
+        assert torch.equal(keys[name], old.mul(M).add(start[name], alpha=1 - M)) and not torch.equal(keys[name], query[name])
+    assert not any(torch.equal(b, dict(net.key.named_buffers())[name]) for name, b in buffers.items() if "running" in name)
+
+
+def test_a_step_of_simclr_is_its_formula():
+    net = simclr()
+    reference = copy.deepcopy(net)
+    loss, (_, positive, negative) = net(views(), 0)
+    z = embedded(reference.query, views().flatten(0, 1))
+    expected = ntxent_by_hand(z)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    same([p.grad for p in net.query.parameters()], reference.query)
+    pairs = z @ z.T
+    assert positive.item() == pytest.approx(torch.cat([pairs.diagonal(N), pairs.diagonal(-N)]).mean().item(), abs=1e-5)
+    off = ~(torch.eye(2 * N).bool() | torch.eye(2 * N).bool().roll(N, 0))
+    assert negative.item() == pytest.approx(pairs[off].mean().item(), abs=1e-5)
+
+
+TWO = '''
+import sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, {tests!r})
+import test_hpt as t
+import util
+def main():
+    rank, ranks, *_ = util.setup("cpu", 0)
+    for name, net in dict(moco=t.moco(2, rank, ranks), simclr=t.simclr(rank, ranks)).items():
+        ddp = DistributedDataParallel(net, broadcast_buffers=False)
+        share = t.views()[:, rank * t.N // 2:(rank + 1) * t.N // 2]
+        loss, values = ddp(share, 3)
+        loss.backward()
+        torch.save(dict(values=values, model=net.state_dict(), grads=[p.grad for p in net.query.parameters()]),
+                   f"{out}/{{name}}{{rank}}.pt")
+util.run(main)
+'''
+
+
+def test_two_processes_compute_the_step_of_one(tmp_path):
+    (tmp_path / "two.py").write_text(TWO.format(tests=str(ROOT / "tests"), out=tmp_path))
+    done = start(processes=2, script=tmp_path / "two.py")
+    assert done.returncode == 0, done.stderr
+    found = {(name, r): torch.load(tmp_path / f"{name}{r}.pt", weights_only=True) for name in ("moco", "simclr") for r in (0, 1)}
+    net = moco(groups=2)
+    loss, values = net(views(), 3)
+    loss.backward()
+    one, other = found["moco", 0], found["moco", 1]
+    assert torch.equal(one["model"]["queue"], other["model"]["queue"])
+    assert torch.allclose(one["model"]["queue"], net.queue, atol=1e-5)
+    assert torch.allclose((one["values"] + other["values"]) / 2, values, atol=1e-5)
+
+    query = simclr().query
+    half = [views()[:, r * N // 2:(r + 1) * N // 2] for r in (0, 1)]
+    z = [embedded(query, v.flatten(0, 1)).chunk(2) for v in half]  # batch norm sees a process's own images
+    expected = ntxent_by_hand(torch.cat([z[0][0], z[1][0], z[0][1], z[1][1]]))
+    expected.backward()
+    for process in (found["simclr", 0], found["simclr", 1]):
+        assert process["values"][0].item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, reference in (("moco", net.query), ("simclr", query)):
+        for process in (0, 1):
+            same(found[name, process]["grads"], reference)
+
+
+# ---- views -------------------------------------------------------------------------------------------------------
+
+def test_views_are_a_function_of_seed_step_and_slot(images):
+    paths, c = hpt.image_paths(str(images), ""), {**hpt.RECIPES["tiny"], "image_size": 32, "batch": 6}
+
+    def batches(start, rank=0, ranks=1, workers=0, seed=0):
+        return [v for v, _ in hpt.view_loader(paths, start, 6, c, seed, rank, ranks, workers)]
+    whole = batches(0)
+    assert whole[0].shape == (2, 6, 3, 32, 32) and whole[0].dtype == torch.uint8
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in whole[0])
+    assert all(map(torch.equal, whole[4:], batches(4, workers=2)))
+    assert torch.equal(torch.cat([batches(5, r, 3)[0] for r in range(3)], 1), whole[5])
+    assert not (whole[0][0] == whole[0][1]).flatten(1).all(1).any()  # the two views of an image
+    assert not torch.equal(whole[0], batches(0, seed=1)[0])
+    firsts = np.concatenate([v.numpy() for v in whole], 1)[0].reshape(36, -1)
+    assert len(np.unique(firsts, axis=0)) == 36  # the second pass over the images draws them anew
+
+
+def test_broken_images_are_named_and_replaced(images, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for i in range(9):
+        (folder / f"{i}.png").write_bytes(b"no" if i == 4 else (images / f"train/red/{i % 6}.png").read_bytes())
+    main("--stage", f"{folder}:4", "--out", tmp_path / "run")
+    assert "4.png" in (tmp_path / "run/1_all_some/quarantine.txt").read_text()
+
+
+def test_a_folder_of_splits_gives_only_what_is_not_reported_on(images, tmp_path):
+    of = lambda root: {str(p).split("/")[-3] for p in map(bytes.decode, hpt.image_paths(str(root), "").tolist())}
+    assert of(images) == {"train", "val"}
+    assert of(folders(tmp_path / "two", {"train": 2, "val": 1})) == {"train"}
+    assert len(hpt.image_paths(str(images / "test"), "")) == 12
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """The uninterrupted chain that others are compared with: everything, batch norm, statistics."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    main(*CHAIN, "--data", images, *stages(images), "--out", out)
+    return out
+
+
+CHAIN = ["--eval", "knn", "--save-every", "2"]
+FOLDERS = ["1_all_colours", "2_bn_colours", "3_stats_colours"]
+
+
+def stages(images):
+    return ["--stage", f"{images}:5", "--stage", f"{images}:5:bn", "--stage", f"{images}:stats"]
+
+
+def backbone(run, folder):
+    return torch.load(run / folder / "backbone.pt", weights_only=True)
+
+
+def test_each_mode_changes_what_it_should_and_no_other_bit(finished):
+    norm = lambda name: "bn" in name or "downsample.1" in name
+    trained, tuned, refreshed = (backbone(finished, f)["model"] for f in FOLDERS)
+    for name, before in trained.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        moved = not torch.equal(before, tuned[name])
+        assert moved == norm(name), name                                            # affine and statistics, no convolution
+        assert (not torch.equal(tuned[name], refreshed[name])) == ("running" in name), name
+
+
+def test_frozen_convolutions_do_not_drift_in_the_key_encoder_either(finished):
+    state, before = runs.load_latest(finished / FOLDERS[1])["model"], backbone(finished, FOLDERS[0])["model"]
+    for name, value in before.items():
+        if value.ndim == 4:
+            assert torch.equal(state[f"key.backbone.{name}"], value) and torch.equal(state[f"query.backbone.{name}"], value)
+    assert not torch.equal(state["key.head.0.weight"], state["query.head.0.weight"])
+
+
+def test_statistics_are_the_average_over_the_batches(finished, images):
+    tuned, refreshed = (backbone(finished, f) for f in FOLDERS[1:])
+    paths, c = hpt.image_paths(str(images), ""), {**hpt.RECIPES["tiny"], "image_size": 32, "batch": 8}
+    seed = int(runs.digest([0, FOLDERS[2]]), 16) % 2 ** 31
+    mean, std = (torch.tensor(refreshed["about"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    found = []
+    for (first, _), _ in hpt.view_loader(paths, 0, 4, c, seed, 0, 1, 0):  # 27 images: one pass is 4 steps
+        out = F.conv2d((first / 255 - mean) / std, tuned["model"]["conv1.weight"], stride=2, padding=3)
+        found.append((out.mean((0, 2, 3)), out.transpose(0, 1).flatten(1).var(1)))
+    for name, values in zip(("running_mean", "running_var"), zip(*found)):
+        assert torch.allclose(refreshed["model"][f"bn1.{name}"], torch.stack(values).mean(0), atol=1e-5)
+
+
+def test_only_the_backbone_passes_between_stages(finished):
+    states = [runs.load_latest(finished / f)["model"] for f in FOLDERS[:2]]
+    assert records(finished, FOLDERS[1])[1]["queue"] == 0.5 and states[0].keys() == states[1].keys()
+    torch.manual_seed(int(runs.digest([0, FOLDERS[1]]), 16) % 2 ** 31)
+    fresh = hpt.Encoder("resnet10", PIXELS, torch.float32).head[0].weight
+    drift = (states[1]["key.head.0.weight"] - fresh).norm() / fresh.norm()  # five steps away from a new draw, not the old one
+    assert drift < 0.1 < (states[0]["key.head.0.weight"] - fresh).norm() / fresh.norm()
+
+
+def test_the_log_shows_the_loss_beside_chance(finished):
+    line = records(finished, FOLDERS[0])[5]
+    assert line["chance"] == pytest.approx(np.log(17)) and line["queue"] == 1 and -1 <= line["negative"] <= 1
+    assert records(finished, FOLDERS[0])[1]["lr"] == pytest.approx(0.24 * 8 / 256) and line["lr"] < 0.24 * 8 / 256 / 5
+
+
+def test_the_backbone_is_what_others_load(finished, images, tmp_path):
+    net = backbones.build("resnet10")
+    said = backbones.load_backbone(net, finished / FOLDERS[2] / "backbone.pt")
+    assert "all 60 tensors" in said and torch.equal(net.conv1.weight, backbone(finished, FOLDERS[2])["model"]["conv1.weight"])
+    about = backbone(finished, FOLDERS[2])["about"]
+    assert about["mean"] == probe.measure(hpt.image_paths(str(images), ""))[0] and about["mode"] == "stats"
+    main("--stage", f"{images}:1", "--backbone", "resnet18", "--out", tmp_path)
+    theirs = torchvision.models.resnet18()
+    state = backbone(tmp_path, FOLDERS[0])["model"]
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    x, ours = torch.randn(2, 3, 64, 64), backbones.build("resnet18").eval()
+    ours.load_state_dict(state)
+    theirs.fc = torch.nn.Identity()
+    assert torch.allclose(theirs.eval()(x), ours(x)[5].mean((2, 3)), atol=1e-5)
+
+
+def test_killed_and_run_again_it_ends_with_the_same_bits(finished, images, tmp_path):
+    args = [*TINY, *CHAIN, "--data", str(images), *stages(images), "--out", str(tmp_path)]
+    places = ("torch.optim.SGD.step", "os.fsync", "os.replace", "torch.load")
+    where = [killed(tmp_path, places, count, *args, script="hpt") for count in (7, 11, 18)]
+    assert all(where) and len(set(where)) > 1, where
+    print(*where, sep="\n")
+    hpt.main(args)
+    for folder in FOLDERS:
+        a, b = backbone(finished, folder)["model"], backbone(tmp_path, folder)["model"]
+        assert all(torch.equal(a[k], b[k]) for k in a), folder
+    knn = [json.loads((run / "results.json").read_text())["knn"] for run in (finished, tmp_path)]
+    assert knn[0] == knn[1]
+
+
+def test_sigterm_saves_and_exits_143(images, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "hpt.py"), *TINY, "--stage", f"{images}:100000", "--out",
+                                str(tmp_path), "--save-every", "100000"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(f"{FOLDERS[0]} 2/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143 and runs.load_latest(tmp_path / FOLDERS[0])["step"] >= 2
+
+
+def test_two_processes_train_as_one(images, tmp_path):
+    args = [*TINY, "--stage", f"{images}:4", "--stage", f"{images}:2:bn", "--stage", f"{images}:stats"]
+    for n in (1, 2):
+        done = start(*args, "--out", tmp_path / str(n), script="hpt.py", processes=n)
+        assert done.returncode == 0, done.stderr
+    for folder, steps in zip(FOLDERS[:2], (4, 2)):
+        one, two = (records(tmp_path / n, folder) for n in "12")
+        for step in range(1, steps + 1):
+            assert all(one[step][k] == pytest.approx(two[step][k], abs=2e-3) for k in ("loss", "positive", "negative")), step
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--stage", "nowhere:5"], "no image found at --stage nowhere"),
+    (["--stage", ":5:bn"], "names no source"),
+    (["--stage", "{images}:0"], "or no step"),
+    (["--stage", "{images}:5", "--queue", "17"], "--queue 17 is no multiple of the batch, 8; give e.g. --queue 16"),
+    (["--stage", "{images}:5", "--groups", "3"], "cannot be cut into 3 batch-norm groups"),
+    (["--stage", "{images}:5", "--batch", "48", "--queue", "48"], "has 27 images, fewer than a batch of 48"),
+    (["--stage", "{images}:5", "--init", "nothing.pth"], "--init nothing.pth"),
+    (["--stage", "{images}:5", "--backbone", "vgg"], "--backbone vgg is unknown"),
+    (["--stage", "{images}:5", "--lr", "-1"], "must be above 0"),
+    (["--stage", "{images}:5", "--eval", "svm"], "--eval svm is unknown"),
+    (["--eval", "knn"], "--eval needs --data"),
+    (["--stage", "{images}:5", "--eval", "knn", "--data", "nowhere"], "no folder nowhere"),
+    (["--eval", "finetune", "--data", "{images}", "--labels", "2"], "--labels 2 is less than one for each of 3"),
+    (["--stage", "{images}:3", "--lr", "1e30"], "loss is not finite"),
+])
+def test_what_cannot_work_is_one_line(images, tmp_path, args, match):
+    with pytest.raises(UserError, match=match) as error:
+        main(*(a.format(images=images) for a in args), "--out", tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_ends_with_exit_code_2(tmp_path):
+    done = start("--stage", "nowhere", "--out", tmp_path / "run", script="hpt.py")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_a_run_begun_with_other_settings_is_refused(images, finished):
+    with pytest.raises(UserError, match="lr: 0.24 -> 0.1"):
+        main(*CHAIN, "--data", images, *stages(images), "--out", finished, "--lr", "0.1")
+
+
+def test_a_queue_larger_than_the_data_is_warned_of(images, tmp_path, capsys):
+    main("--stage", f"{images}:1", "--queue", "32", "--out", tmp_path)
+    assert "the queue holds 32 keys of 27 images" in capsys.readouterr().out

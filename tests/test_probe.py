@@ -1,0 +1,110 @@
+"""Probes find what is there to find, leave the backbone alone, and choose without looking at what they report on."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import backbones
+import hpt
+import probe
+import util
+from test_hpt import CPU, folders
+from util import UserError
+
+C = {**hpt.RECIPES["tiny"], "image_size": 32, "workers": 0, "seed": 0, "labels": 12, "augmented": False, "probe_steps": 60,
+     "tune_steps": 30, "tune_batch": 16}
+QUIET = util.Log(None, 1)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return folders(tmp_path_factory.mktemp("probe") / "colours", {"train": 12, "val": 4, "test": 8})
+
+
+def backbone():
+    torch.manual_seed(0)
+    return backbones.build("resnet10")
+
+
+@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True}), ("knn", {}), ("finetune", {})])
+def test_what_is_separable_is_separated(colours, tmp_path, name, more):
+    net, sets = backbone(), probe.load(str(colours), 0)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    result = probe.evaluated(name, tmp_path / name, net, "random", sets, {**C, **more}, CPU, QUIET)
+    assert result["accuracy"] >= 0.95 and result["images"] == {"train": 36, "val": 12, "test": 24}
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # running statistics too
+    assert probe.evaluated(name, tmp_path / name, net, "random", sets, {**C, **more}, CPU, QUIET) == result  # remembered
+
+
+def test_the_winner_is_chosen_on_the_validation_part(colours):
+    """With labels of the test part turned round, accuracy there is nothing, and the choice the same."""
+    sets, net = probe.load(str(colours), 0), backbone()
+    pixels = probe.measure(sets["train"][0])
+    honest = probe.linear(net, sets, pixels, C, CPU, QUIET)
+    turned = probe.linear(net, {**sets, "test": (sets["test"][0], (sets["test"][1] + 1) % 3)}, pixels, C, CPU, QUIET)
+    assert (honest["lr"], honest["features"], honest["validation"]) == (turned["lr"], turned["features"], turned["validation"])
+    assert turned["accuracy"] < 0.05 and len(honest["grid"]) == 6
+    assert honest["validation"] == max(row[2] for row in honest["grid"])
+
+
+def test_without_a_test_folder_a_tenth_of_train_chooses(colours, tmp_path):
+    shutil.copytree(colours, tmp_path / "two", ignore=shutil.ignore_patterns("test"))
+    sets = probe.load(str(tmp_path / "two"), 0)
+    assert [len(sets[k][1]) for k in ("train", "val", "test")] == [33, 3, 12] and "a tenth of train/" in sets["parts"]
+    assert sorted(sets["val"][1].tolist()) == [0, 1, 2] and not set(sets["val"][0]) & set(sets["train"][0])
+    assert all(b"/val/" in p for p in sets["test"][0].tolist())
+
+
+def test_few_labels_hold_every_class_and_are_nested(colours):
+    paths, labels = probe.load(str(colours), 0)["train"]
+    keep = np.r_[0:12, 12:14, 24:36]  # two green ones
+    chosen = [probe.few_labels((paths[keep], labels[keep]), n, 0) for n in (3, 5, 12, 26)]
+    for (some, theirs), n in zip(chosen, (3, 5, 12, 26)):
+        assert len(some) == n and set(theirs.tolist()) == {0, 1, 2}
+        assert all(os_class(p) == k for p, k in zip(some.tolist(), theirs.tolist()))
+    assert all(set(a[0]) < set(b[0]) for a, b in zip(chosen, chosen[1:]))
+    order = np.random.default_rng(0).permutation(len(keep))
+    again = probe.few_labels((paths[keep][order], labels[keep][order]), 12, 0)[0]
+    assert set(again) == set(chosen[2][0]) != set(probe.few_labels((paths[keep], labels[keep]), 12, 1)[0])
+    with pytest.raises(UserError, match="--labels 2"):
+        probe.few_labels((paths, labels), 2, 0)
+
+
+def os_class(path):
+    return ["blue", "green", "red"].index(path.decode().split("/")[-2])
+
+
+def test_mean_and_deviation_are_those_of_all_pixels(colours):
+    paths = probe.load(str(colours), 0)["val"][0]
+    pixels = np.concatenate([np.asarray(Image.open(p)).reshape(-1, 3) for p in map(bytes.decode, paths.tolist())]) / 255
+    mean, std = probe.measure(paths)
+    assert np.allclose(mean, pixels.mean(0)) and np.allclose(std, pixels.std(0))
+    images = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    white = torch.tensor([(1 - m) / s for m, s in zip(mean, std)])
+    assert torch.allclose(probe.normalise(images, (mean, std))[0, :, 0, 0], white)
+
+
+def test_the_centre_is_seven_eighths_of_the_shorter_side():
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[5:75, 25:95] = 200  # 70 x 70 in the middle
+    path = "unused"
+    crops = probe.Crops((np.array([path.encode()]), np.array([1])), 35, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe.data, "read_image", lambda _: Image.fromarray(pixels))
+        crop, label, bad = crops[0]
+    assert crop.shape == (35, 35, 3) and label == 1 and not bad
+    assert (crop[1:-1, 1:-1] == 200).all() and (crop > 100).all()  # bilinear: the border mixes with what lies outside
+
+
+def test_unreadable_images_are_not_scored(colours, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(colours, folder)
+    (folder / "test/red/0.png").write_bytes(b"no image")
+    sets = probe.load(str(folder), 0)
+    x, y = probe.features(backbone(), sets["test"], probe.IMAGENET, C, CPU, QUIET)
+    assert len(x) == len(y) == 23 and (y >= 0).all()
+    (folder / "val").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="no folder"):
+        probe.load(str(folder), 0)
