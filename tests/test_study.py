@@ -11,6 +11,7 @@ import sys
 import time
 import xml.dom.minidom
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,11 +272,10 @@ def test_a_run_keeps_the_precision_it_began_with_and_adopts_no_other(stub, tmp_p
     monkeypatch.setattr(util, "precision", lambda *_: torch.float32)
     (tmp_path / first[1] / "results.json").unlink()
     again = stub("regime", "--seeds", 1, "--only", "20%")[-1]
-    other = stub("table3", "--seeds", 1, "--only", "20%", "random")[len(notes(tmp_path)) - 1:]
-    assert [w[w.index("--precision") + 1] for w in (first, again)] == ["bf16", "bf16"]
-    did, = (w for w in notes(tmp_path) if w[0] == "started" and "--control" in w)
-    assert did[did.index("--precision") + 1] == "fp32" and other
-    assert computed(notes(tmp_path))[did[1], "teacher"] == 1  # though that of the first run was there
+    lines = stub("table3", "--seeds", 1, "--only", "20%", "random")
+    other, = (w for w in lines if w[0] == "started" and "--control" in w)
+    assert [w[w.index("--precision") + 1] for w in (first, again, other)] == ["bf16", "bf16", "fp32"]
+    assert computed(lines)[other[1], "teacher"] == 1  # though that of the first run was there
 
 
 def test_pseudo_labels_and_control_are_adopted_with_their_own_teacher_only(stub, tmp_path):
@@ -296,10 +296,10 @@ def test_a_stage_that_cannot_be_copied_is_one_line_and_leaves_nothing(stub, tmp_
     with monkeypatch.context() as m, pytest.raises(util.UserError, match="cannot copy .*no space here"):
         m.setattr(study.shutil, "copytree", full)
         stub("table3", "--seeds", 1, "--only", "20%", "random")
-    folder, = {p.parent for p in tmp_path.glob("runs/study/*/seed0/run.json")} - {tmp_path / notes(tmp_path)[0][1]}
+    folder, = {p.parent for p in Path("runs/study").glob("*/seed0/run.json")} - {Path(notes(tmp_path)[0][1])}
     (folder / ".adopt-killed/teacher").mkdir(parents=True)
     did = computed(stub("table3", "--seeds", 1, "--only", "20%", "random"))
-    assert not list(folder.glob(".adopt-*")) and did[str(folder), "teacher"] == 0 and (folder / "teacher").exists()
+    assert not list(folder.glob(".adopt-*")) and [did[str(folder), s] for s in ("teacher", "control")] == [0, 1]
 
 
 def test_the_world_is_drawn_once_beforehand_and_only_where_it_is_read(stub, tmp_path, monkeypatch):
