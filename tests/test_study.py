@@ -336,7 +336,7 @@ def test_results_of_something_else_are_not_overwritten(stub, tmp_path, other):
     assert files(tmp_path / "results", "regime") == before
     stub("regime", "--seeds", 1, "--only", "20%", "--results", "others", *other)
     walls = {p.name for p in (tmp_path / "runs/study").glob("*.wall.json")}
-    assert walls == {"regime-det-shapes.wall.json"} | {"regime-seg-shapes.wall.json"} * ("seg" in other)
+    assert walls == {f"regime-{task}-shapes.wall.json" for task in ("det", *["seg"] * ("seg" in other))}
 
 
 def test_folders_that_cannot_be_made_are_one_line(stub, tmp_path):
