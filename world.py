@@ -87,7 +87,7 @@ CATEGORY_IDS = [CAST[name][0] for name in CLASSES]
 PARTS = {
     "det": dict(px=128, splits=dict(train=(0, 2000), val=(1, 500)), classes=8, objects=(1, 5), side=(22, 72), empty=.03,
                 under=(1, 3), over=(0, 1), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
-    "seg": dict(px=64, splits=dict(train=(5, 200), aug=(7, 2000), val=(6, 400)), classes=4, objects=(1, 2), side=(22, 48),
+    "seg": dict(px=64, splits=dict(train=(5, 300), aug=(7, 2000), val=(6, 400)), classes=4, objects=(1, 2), side=(32, 56),
                 empty=.03, under=(0, 0), over=(0, 0), ground=dict(clouds=3, ramp=2, fabric=2, grass=2, quilt=1)),
     "single": dict(px=96, splits=dict(train=(2, 3000), extra=(8, 3000), val=(3, 600)), classes=12, objects=(1, 1), side=(40, 80),
                    empty=0, under=(0, 3), over=(0, 1), ground=dict(clouds=1, ramp=2, tiles=3, quilt=2)),

@@ -95,7 +95,7 @@ def test_classes_are_the_folders_sorted_and_images_carry_theirs(copy):
 
 
 def test_the_world_is_read_as_class_folders(tmp_path):
-    root = world.build(tmp_path, "single", {"train": 12, "val": 3})
+    root = world.build(tmp_path, "single", {"train": 12, "extra": 3, "val": 3})
     train = classify.load_folder(root, "train")
     assert train.class_names == sorted(world.ALL_CLASSES) and (np.bincount(train.labels) == 1).all()
     assert len(classify.load_folder(root, "val", train.class_names)) == 3  # in val, a class may lack images

@@ -588,7 +588,7 @@ def test_split_command_writes_what_a_run_reads(ten, tmp_path, monkeypatch):
 
 
 def test_export_writes_files_the_loaders_read(tmp_path, monkeypatch):
-    for part, sizes in (("det", (4, 2)), ("single", (12, 12)), ("unlabeled", (3,))):
+    for part, sizes in (("det", (4, 2)), ("single", (12, 12, 12)), ("unlabeled", (3,))):
         spec = world.PARTS[part]
         small = {name: (stream, n) for (name, (stream, _)), n in zip(spec["splits"].items(), sizes)}
         monkeypatch.setitem(world.PARTS, part, {**spec, "splits": small})

@@ -117,7 +117,7 @@ def test_two_processes_train_as_one(given, finished, tmp_path):
 
 def test_detection_trains_jointly_too(tmp_path):
     world.build(tmp_path / "world", "det", {"train": 8, "val": 2})
-    world.build(tmp_path / "world", "single", {"train": 12, "val": 12})
+    world.build(tmp_path / "world", "single", {"train": 12, "extra": 12, "val": 12})
     st.main(["--data", "coco", "--root", str(tmp_path / "world/det"), "--joint", str(tmp_path / "world/single"), "--out",
              str(tmp_path / "run"), "--mode", "train", "--labeled", "1", "--image-size", "64", "--batch", "4", "--steps", "3",
              "--workers", "0", "--precision", "fp32", "--norm", "gn", "--threshold", "0.5"])

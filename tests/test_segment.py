@@ -87,6 +87,17 @@ def test_mean_iou_equals_its_definition_and_scikit_learns(seed):
     assert got["mIoU"] == pytest.approx(one_line) == pytest.approx(jaccard_score(truth[known], predicted[known], average="macro"))
     assert got["accuracy"] == pytest.approx((truth == predicted)[known].mean())
 
+def test_the_embedded_worlds_lists_are_pools_by_name_and_by_default(tmp_path, monkeypatch):
+    monkeypatch.setitem(world.PARTS, "seg", {**world.PARTS["seg"], "splits": dict(train=(5, 4), aug=(7, 6), val=(6, 2))})
+    flags = recipes.Config(task="seg", data="shapes", root=str(tmp_path), labeled=0.5)
+    train, val = segment.load(flags)
+    assert (len(train), len(val), train.class_names) == (4, 2, ["background", *world.CLASSES[:4]])
+    both, _ = segment.load(replace(flags, train_list="trainaug"))  # aug has labels too
+    assert len(both) == 10
+    for unlabeled in ("", "aug"):
+        paths = st.unlabelled_paths(replace(flags, unlabeled=unlabeled), train, [], [], val, None)
+        assert [os.path.basename(p) for p in paths.tolist()] == [b"aug_%05d.jpg" % i for i in range(6)]
+
 
 def test_a_class_that_is_neither_there_nor_predicted_does_not_count():
     truth = np.array([[0, 0, 1, 255]])

@@ -93,9 +93,9 @@ def test_the_mask_is_where_the_picture_changes():
 
 
 def test_every_part_shows_every_class_it_should_and_no_other():
-    for part, count in (("det", 100), ("single", 12), ("unlabeled", 100)):
+    for part, count in (("det", 100), ("seg", 60), ("single", 12), ("unlabeled", 100)):
         seen = set(np.concatenate([world.draw(7, "train", i, part)[2] for i in range(count)]).tolist())
-        assert seen == set(range(8 if part == "det" else 12))
+        assert seen == set(range({"det": 8, "seg": 4}.get(part, 12)))
 
 
 def test_some_images_hold_no_object_but_few():
