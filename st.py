@@ -72,18 +72,19 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
     """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
 
     parts: data sets in the order of data.PARTS; counts: images of each in a step, over all processes, 0 for those not used.
-    -> scores on val on the way, every c["eval_every"] steps but the last: [[step, metric], ...].
+    -> scores on val on the way, every c["eval_every"] steps but the last: [[step, metric], ...]; when it would have begun had
+    it never been interrupted.
     """
     (rank, ranks, device, dtype), task = run, TASKS[c["task"]]
     prepare, losses = task.criterion(c, device)
     used, names = [k for k, count in enumerate(counts) if count], task.TERMS + ["class"] * (len(counts) > 2)
     if joint := len(counts) > 2:
         prepare, losses = classify.joined(prepare, losses)
-    optimizer, averages, start, curve = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, []
+    optimizer, averages, start, curve, began = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, [], time.time()
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        averages, start, curve = state["averages"], state["step"], state.get("curve", [])
+        averages, start, curve, began = state["averages"], state["step"], state.get("curve", []), began - state.get("spent", 0)
     ddp, seed = distribute(models.Joint(net) if joint else net, device, ranks), stage_seed(c["seed"], Path(folder).name)
     forward = compiled(ddp, device) if c["compile"] else ddp
     loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
@@ -138,14 +139,15 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
         if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
             runs.save_checkpoint(folder, {
                 "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "curve": curve,
-                "step": step + 1, "samples": (step + 1) * sum(counts), "config": c, "role": Path(folder).name,
-                "class_ids": parts[0].class_ids, "class_names": parts[0].class_names, **task.about(parts[0])})
+                "spent": time.time() - began, "step": step + 1, "samples": (step + 1) * sum(counts), "config": c,
+                "role": Path(folder).name, "class_ids": parts[0].class_ids, "class_names": parts[0].class_names,
+                **task.about(parts[0])})
         if stopping:
             log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
             raise SystemExit(143)
     share_buffers(net, ranks)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return curve
+    return curve, began
 
 
 def combined(sums, averages, c, joint):
@@ -318,8 +320,7 @@ def trained(folder, parts, start_from, c, deps, val, run, log):
             f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {str(dtype)[6:]} on {device}")
     if ranks > 1 and device.type == "cpu" and c["norm"] == "bn":
         log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
-    began = time.time()
-    curve = train(folder, net, parts, counts, steps, c, val, run, log)
+    curve, began = train(folder, net, parts, counts, steps, c, val, run, log)
     metrics = task.evaluate(net, c, val, run, log)
     curve.append([steps, metrics[task.METRICS[0]]])
     result = {**metrics, "curve": curve, "seconds": round(time.time() - began, 1),

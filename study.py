@@ -3,17 +3,20 @@
     python study.py table3 --seeds 3                        labels x initialisation x self-training on the embedded world
     python study.py table2 --seeds 3 --task seg --only S1   the others: table4 table7 pascal alpha threshold student-init regime
     python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
-    python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet --seeds 3 -- --image-size 256 --steps 1200
+    python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet -- --backbone resnet18 --image-size 256
     python study.py findings                                verdicts on the findings from the results of the studies
 
 A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
 pseudo-labels) or student. Cells share runs, runs share finished stages, and the same command resumes where it stopped:
-runs in OUT/RUN/seedN with their run.log, tables in results/NAME.json, .md and .svg. Flags after -- go to every run of st.py.
+runs in OUT/RUN/seedN with their run.log, tables in results/NAME.json, .md and .svg. Flags after -- go to every run of st.py,
+those of the network and the machine to pre-training as well.
 SimCLR's cells take weights (--init simclr=simclr:FILE): nothing here trains them yet.
 """
 import argparse
 import contextlib
+import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -21,7 +24,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,8 @@ from pathlib import Path
 
 import torch
 
+import backbones
+import data
 import recipes
 import runs
 import tables
@@ -41,9 +45,6 @@ PROGRAM = [sys.executable, str(Path(__file__).with_name("st.py"))]
 POLL = 0.2  # seconds between looks at the runs
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
 METRIC = {"det": "AP", "seg": "mIoU"}
-# A cosine schedule spends its last fifth at under a tenth of the peak lr. What still gains a hundredth there was cut short, and a
-# comparison of such cells says who is faster, not who is better.
-RISING = 0.01
 
 # ---- what is run -------------------------------------------------------------------------------------------------
 
@@ -140,9 +141,17 @@ STUDIES = {
         compare=[*gains("random", "pre-trained"), ("pre-trained", "random"),
                  ("pre-trained, self-trained", "random, self-trained")]),
 }
+# Flags of st.py that pre-training shares with what starts from it; and those that are for studies alone to give.
+NETWORK = ("backbone", "norm", "device", "precision", "workers", "compile")
+OWN = ("task", "data", "root", "out", "seed", "recipe", "labeled", "split", "unlabeled", "joint", "init", "ckpt", "mode",
+       "control", "dry_run")
 
 
 # ---- from a table to runs ----------------------------------------------------------------------------------------
+
+class Missing(Exception):
+    """What a cell needs and the command does not give."""
+
 
 def words(o):
     """What the {words} of the tables mean with options o. What is missing here leaves its cells empty."""
@@ -160,14 +169,16 @@ def words(o):
     if o.unlabeled:
         w.update(pool="--unlabeled " + shlex.quote(o.unlabeled), scenes="--unlabeled " + shlex.quote(o.unlabeled))
     if o.joint:
-        w.update(joint="--joint " + shlex.quote(o.joint), single="--unlabeled " + shlex.quote(o.joint + "/train"))
+        w.update(joint="--joint " + shlex.quote(o.joint))
+    if o.joint not in ("", "shapes"):
+        w.update(single="--unlabeled " + shlex.quote(o.joint + "/train"))
     return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
 
 
-def parse(text, row):
-    """'--aug s4 --control' -> {"aug": "s4", "control": True}; later flags count, and of those that studies vary, what the
-    recipe's row or st.py does anyway is left out, so that the same run has one name."""
-    flags, name = {}, None
+def parse(text, row=None):
+    """'--aug s4 --control' -> {"aug": "s4", "control": True}; later flags count. With a recipe's row, what row
+    or st.py does anyway is left out of the flags that studies vary, so that the same run has one name."""
+    flags, name = {}, ""
     for word in shlex.split(text):
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
@@ -175,19 +186,39 @@ def parse(text, row):
             flags[name] = value or True
         else:
             flags[name] = word
-    usual = {"alpha": "1", "student_init": "teacher", "threshold": row.get("threshold")}
+    usual = {} if row is None else {"alpha": "1", "student_init": "teacher", "threshold": row.get("threshold")}
     return {k: flags[k] for k in sorted(flags) if flags[k] != usual.get(k)}
 
 
+def unparse(flags):
+    """The words of a command line."""
+    return [w for k, v in flags.items() for w in ["--" + k.replace("_", "-"), *([] if v is True else [v])]]
+
+
+def source(value):
+    """The (run, stage) that a flag's "@NAME/STAGE" means; of any other value ("", "")."""
+    name, _, stage = value[1:].rpartition("/") if str(value).startswith("@") else ("", "", "")
+    return name, stage
+
+
 def basis(flags):
-    """Hash of what a run depends on besides its flags: the recipe's row and the embedded world as they stand in the code."""
+    """Hash of what a run depends on besides its flags: the recipe's row and the embedded world as they stand in the code, the
+    weights it starts from as they are on disk."""
     row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
-    return runs.digest([row, [world.VERSION, repr(world.PARTS)] if flags["data"] == "shapes" else 0])
+    init = Path(backbones.split_source(flags.get("init", "random"))[1])
+    init = (runs.checkpoints(init) or [init])[-1] if init.is_dir() else init
+    return runs.digest([row, [world.VERSION, repr(world.PARTS)] if flags["data"] == "shapes" else 0,
+                        file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
+
+
+@functools.cache
+def file_digest(path, _):
+    return data.file_digest(path)
 
 
 def run_name(start, flags, frozen):
     """A folder's name: what is not frozen, to read, and a hash of all it depends on, to be sure."""
-    shown = [k + ("" if v is True else "-" + (v[1:].split("_")[0] if v[0] == "@" else Path(v).name))
+    shown = [k + ("" if v is True else "-" + (source(v)[0].split("_")[0] or Path(v).name))
              for k, v in flags.items() if frozen.get(k) != v]
     return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest([flags, basis(flags)])[:8]
 
@@ -197,14 +228,19 @@ def plan(study, o):
 
     flags: {flag of st.py without dashes: text or True}; "@NAME/STAGE" is that stage of another run, with the same seed.
     """
-    word, cells, found = words(o), [], {}
+    word, cells, found, theirs = words(o), [], {}, parse(shlex.join(o.flags))
 
     def add(text, task, data, start):
         frozen = SETTINGS[o.name if o.name == "yours" else (data, task)]
         common = f"--task {task} --data {data} --root {shlex.quote(o.root)} {frozen}"
         if task == o.task:
             common += f" {'--recipe ' + o.recipe if o.recipe else ''} {shlex.join(o.flags)}"
-        row = recipes.RECIPES.get(parse(common, {}).get("recipe") or recipes.TASKS.get(task), {})
+            if both := parse(text).keys() & theirs.keys():
+                raise UserError(f"--{min(both).replace('_', '-')} after -- is what {o.name} varies; leave it out")
+        else:  # pre-training, of the same network
+            network = {"backbone": recipes.RECIPES[o.recipe]["backbone"]} if o.recipe else {}
+            common += " " + shlex.join(unparse({**network, **{k: v for k, v in theirs.items() if k in NETWORK}}))
+        row = recipes.RECIPES.get(parse(common).get("recipe") or recipes.TASKS.get(task), {})
         flags = parse(f"{common} {text}", row)
         name = run_name(start, flags, parse(common, row))
         found[name] = flags
@@ -216,8 +252,9 @@ def plan(study, o):
                 stage, flags = PRETRAINING[name]
                 word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{stage}"
             if name not in word:
-                how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint", "labeled": "--labeled"}
-                raise LookupError(f"needs {how.get(name, f'weights: --init {name}=FILE')}")
+                how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint DIR",
+                       "pre": "weights: --init FILE"}
+                raise Missing(f"needs {how.get(name, f'weights: --init {name}=FILE')}")
             text = text.replace("{" + name + "}", word[name])
         return text
     for row, (stage, flags, numbers) in study["rows"].items():
@@ -225,7 +262,7 @@ def plan(study, o):
             cell = {"row": row, "column": column, "stage": stage, "paper": numbers[k] if numbers else None}
             try:
                 cell["run"] = add(fill(f"{flags} {more}"), o.task, o.world, f"{o.task}-{o.world}")
-            except LookupError as error:
+            except Missing as error:
                 cell["empty"] = str(error)
             cells.append(cell)
     return cells, found
@@ -259,18 +296,26 @@ def link(source, target):
         shutil.copy2(source, target)
 
 
-def adopt(out, folder, flags):
-    """Gives a new run the stages that another has finished and it would only repeat: st.py checks what they depend on."""
+def adopt(out, folder):
+    """Gives a run the stages that another has finished and it would only repeat: st.py checks what they depend on. Pseudo-labels
+    and control come with the very weights of the run's teacher, which not every teacher of the same flags has."""
+    mine = tables.read_json(folder / "run.json")
+    for stale in folder.glob(".adopt-*"):  # of a study killed in here
+        shutil.rmtree(stale, ignore_errors=True)
     for stage in FREE:
-        for note in sorted(out.glob(f"*/{folder.name}/run.json")) if not (folder / stage).exists() else ():
-            theirs = tables.read_json(note)
-            if theirs and (theirs["basis"], stage_key(theirs["flags"], stage)) == (basis(flags), stage_key(flags, stage)) \
-                    and "result" in (tables.read_json(note.parent / stage / "stage.json") or {}):
-                with tempfile.TemporaryDirectory(prefix=".adopt-", dir=folder) as work:
-                    try:
-                        os.rename(shutil.copytree(note.parent / stage, Path(work) / stage, copy_function=link), folder / stage)
-                    except OSError:  # another study was faster
-                        pass
+        teacher = (tables.read_json(folder / "teacher/stage.json") or {}).get("result", {}).get("weights")
+        for run in sorted(out.glob(f"*/{folder.name}")) if not (folder / stage).exists() else ():
+            theirs, record = tables.read_json(run / "run.json"), tables.read_json(run / stage / "stage.json") or {}
+            if theirs and "result" in record and (stage == "teacher" or record["deps"]["teacher"] == teacher) \
+                    and all(theirs.get(k) == mine[k] for k in ("basis", "precision")) \
+                    and stage_key(theirs["flags"], stage) == stage_key(mine["flags"], stage):
+                try:
+                    with tempfile.TemporaryDirectory(prefix=".adopt-", dir=folder) as work:
+                        os.rename(shutil.copytree(run / stage, Path(work) / stage, copy_function=link), folder / stage)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # else another study was faster
+                        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+                        raise UserError(f"cannot copy {run / stage} to {folder} ({reason}); the same command tries again")
                 break
 
 
@@ -284,28 +329,33 @@ def alone(out):
 
 
 def launch(out, name, seed, flags, slot, jobs):
-    """Starts a run of st.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute()."""
+    """Starts a run of st.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute().
+    -> the process, how long run.log was before."""
     folder = out / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     packages = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
     gpus = torch.cuda.device_count()
-    with alone(out):
+    device = torch.device("cuda" if gpus and flags.get("device") != "cpu" else "cpu")
+    with alone(out):  # a run keeps the precision it began with, whatever the machine it goes on with would choose
+        precision = (tables.read_json(folder / "run.json") or {}).get("precision") or (
+            "bf16" if util.precision(flags.get("precision", "auto"), device) == torch.bfloat16 else "fp32")
         runs.write_json(folder / "run.json", {
-            "flags": flags, "basis": basis(flags), "versions": f"Python {sys.version.split()[0]}, {packages}",
-            "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}"})
-        adopt(out, folder, flags)
-    texts = []
-    for k, v in flags.items():
-        source, _, stage = v[1:].rpartition("/") if v is not True and v[0] == "@" else ("", "", "")
-        texts += ["--" + k.replace("_", "-")] + ([] if v is True else [str(out / source / folder.name / stage) if source else v])
+            "flags": flags, "basis": basis(flags), "precision": precision,
+            "versions": f"Python {sys.version.split()[0]}, {packages}",
+            "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if gpus else 'no GPU'}, {precision}"})
+        adopt(out, folder)
+    given = {k: str(out / source(v)[0] / folder.name / source(v)[1]) if source(v)[0] else v for k, v in flags.items()}
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     with open(folder / "run.log", "a") as log:
-        return subprocess.Popen([*PROGRAM, *texts, "--seed", str(seed), "--out", str(folder)], stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        start = log.tell()
+        process = subprocess.Popen(
+            [*PROGRAM, *unparse({**given, "precision": precision}), "--seed", str(seed), "--out", str(folder)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    return process, start
 
 
 def taken(folder):
@@ -320,12 +370,10 @@ def taken(folder):
     return False
 
 
-def last_line(path):
-    """Of a log, progress lines that overwrite each other included."""
-    with open(path, "rb") as f:
-        f.seek(max(0, os.path.getsize(path) - 4096))
-        lines = [line for line in re.split(r"[\r\n]+", f.read().decode(errors="replace")) if line.strip()]
-    return lines[-1].strip() if lines else "nothing printed"
+def lines_since(path, start):
+    """Of a log from that byte on, progress lines that overwrite each other included."""
+    text = path.read_bytes()[start:].decode(errors="replace")
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()] or ["nothing printed"]
 
 
 def execute(out, found, seeds, jobs):
@@ -349,46 +397,49 @@ def execute(out, found, seeds, jobs):
     def finished(run):
         return (out / run[0] / f"seed{run[1]}" / "results.json").exists()
 
-    while (todo or running) and not stop:
-        for run, (process, slot) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[run]
-            slots.append(slot)
-            line = last_line(out / run[0] / f"seed{run[1]}" / "run.log")
-            if process.returncode == 0 and finished(run):
-                done += 1
-                say(run, "finished")
-            elif "is in use by another process" in line:  # another study started it at the same moment
-                todo.append(run)
-            else:
-                bad[run] = f"failed ({process.returncode}): {line}"
-                say(run, bad[run])
-        for run in list(todo):
-            name, seed = run
-            sources = [(v[1:].rpartition("/")[0], seed) for v in found[name].values() if v is not True and v[0] == "@"]
-            sooner = (first[stage_key(found[name], "teacher"), seed], seed)
-            if finished(run):
-                todo.remove(run)
-            elif lost := [s for s in sources if s in bad]:
-                todo.remove(run)
-                bad[run] = f"skipped: {lost[0][0]} failed"
-                say(run, bad[run])
-            elif slots and all(map(finished, sources)) and (sooner == run or sooner not in todo and sooner not in running):
-                if not taken(out / name / f"seed{seed}"):
+    try:
+        while (todo or running) and not stop:
+            for run, (slot, process, start) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                slots.append(slot)
+                lines = lines_since(out / run[0] / f"seed{run[1]}" / "run.log", start)
+                if process.returncode == 0 and finished(run):
+                    done += 1
+                    say(run, "finished")
+                elif any("is in use by another process" in line for line in lines):  # another study, at the same moment
+                    todo.append(run)
+                else:
+                    bad[run] = f"failed ({process.returncode}): {lines[-1]}"
+                    say(run, bad[run])
+            for run in list(todo):
+                name, seed = run
+                sources = [(source(v)[0], seed) for v in found[name].values() if source(v)[0]]
+                sooner = (first[stage_key(found[name], "teacher"), seed], seed)
+                if finished(run):
                     todo.remove(run)
-                    running[run] = launch(out, name, seed, found[name], slot := slots.pop(0), jobs), slot
-                    say(run, "started")
-                elif run not in elsewhere:  # its result will do
-                    elsewhere.add(run)
-                    say(run, "being done elsewhere")
-        time.sleep(POLL if running or todo else 0)
-    for process, _ in running.values():
-        process.terminate()
-    for process, _ in running.values():
-        process.wait()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                elif lost := [s for s in sources if s in bad]:
+                    todo.remove(run)
+                    bad[run] = f"skipped: {lost[0][0]} failed"
+                    say(run, bad[run])
+                elif slots and all(map(finished, sources)) and (sooner == run or sooner not in todo and sooner not in running):
+                    if not taken(out / name / f"seed{seed}"):
+                        running[run] = slots[0], *launch(out, name, seed, found[name], slots[0], jobs)
+                        todo.remove(run)
+                        del slots[0]
+                        say(run, "started")
+                    elif run not in elsewhere:  # its result will do
+                        elsewhere.add(run)
+                        say(run, "being done elsewhere")
+            time.sleep(POLL if running or todo else 0)
+    finally:  # nothing outlives this, however it ends
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if stop:
         print(f"stopped after {clock(time.time() - began)}: {len(running)} runs told to save and end; the same command resumes")
         raise SystemExit(128 + stop[0])
@@ -397,56 +448,6 @@ def execute(out, found, seeds, jobs):
 
 def clock(seconds):
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
-
-
-# ---- from runs to a table ----------------------------------------------------------------------------------------
-
-def read_cell(out, cell, task, seeds):
-    """The cell with its numbers in percent: "seeds", "values", "mean", "sd" (n - 1), "n", "steps", "rising" (None: unknown)."""
-    stages = {}
-    for seed in range(seeds):
-        results = tables.read_json(out / cell.get("run", "") / f"seed{seed}" / "results.json") if "run" in cell else None
-        if results and cell["stage"] in results:
-            stages[seed] = results[cell["stage"]]
-    values = [round(100 * r[METRIC[task]], 4) for r in stages.values()]
-    curves = [r["curve"] for r in stages.values() if len(r.get("curve") or ()) > 1]
-    why = {} if values else {"empty": cell.get("empty", "not run")}
-    return {**{k: v for k, v in cell.items() if k != "empty"}, **why, "seeds": list(stages), "values": values, "n": len(values),
-            "mean": round(statistics.fmean(values), 4) if values else None,
-            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else None,
-            "steps": curves[0][-1][0] if curves else None,
-            "rising": bool(statistics.fmean(map(tables.rise, curves)) > RISING) if curves else None}
-
-
-def differences(study, cells):
-    """The differences that the study asks for, paired by seed: [{"what", "plus", "minus", ...interval()}]."""
-    found = []
-    for a, b in study["compare"]:
-        by_row = a in study["rows"]
-        for other in study["columns"] if by_row else study["rows"]:
-            plus, minus = ((a, other), (b, other)) if by_row else ((other, a), (other, b))
-            if values := tables.contrast(cells, [plus], [minus]):
-                found.append({"what": f"{a} - {b}", "at": other, **tables.interval(values)})
-    return found
-
-
-def spent(out, found, seeds):
-    """Hours of training and evaluation in all stages of the runs, each adopted stage once; machines and versions."""
-    seconds, notes = {}, []
-    for name in found:
-        for seed in range(seeds):
-            folder = out / name / f"seed{seed}"
-            results, note = tables.read_json(folder / "results.json"), tables.read_json(folder / "run.json")
-            for stage, r in (results or {}).items():
-                if isinstance(r, dict) and "seconds" in r:
-                    seconds[r.get("weights") or f"{folder}/{stage}"] = r["seconds"]
-            notes += [note] * bool(results and note)
-    return round(sum(seconds.values()) / 3600, 2), *(sorted({n[k] for n in notes}) for k in ("machine", "versions"))
-
-
-def without_folders(text):
-    """The same without absolute folders: results say nothing about the machine's disk."""
-    return re.sub(r"(?<![\w.~*])[/~](?:[^/\s]*/)*", "", text)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -474,13 +475,17 @@ def arguments(argv):
     o.task, o.flags = o.task or ("seg" if o.world == "voc" else "det"), passed.split("\0") if passed else []
     o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
     o.results, o.out = Path(o.results), Path(o.out)
-    study = STUDIES.get(o.name, {"rows": {}, "columns": {}})
+    study, after = STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
     for wrong, line in (
             (o.seeds < 1 or o.jobs < 1, f"--seeds {o.seeds} and --jobs {o.jobs} must be 1 or more"),
             (o.recipe and o.recipe not in recipes.RECIPES,
              f"--recipe {o.recipe} does not exist; there are {', '.join(recipes.RECIPES)}"),
             (o.name == "yours" and o.world == "shapes", "yours is for your own images: give --data coco or voc and --root DIR"),
-            (o.name == "yours" and not o.init, "yours needs --init: imagenet, or a file of weights to start from"),
+            (not all(text.rpartition("=")[2] for text in o.init), f"--init {' '.join(o.init)} lacks weights: NAME=FILE"),
+            (ours := [k for k in after if k in OWN],
+             f"{' '.join(unparse(dict.fromkeys(ours, True)))} after --: the study sets that, or its own flag before the -- does"),
+            (odd := [k for k in after if k not in recipes.Config.__dataclass_fields__ or not after[k]],
+             f"-- {shlex.join(o.flags)}: st.py has no flag --{''.join(odd[:1]).replace('_', '-')}, or it lacks its value"),
             (set(o.only) - {*study["rows"], *study["columns"]},
              f"--only {' '.join(o.only)}: {o.name} has only {'; '.join([*study['rows'], *study['columns']])}")):
         if wrong:
@@ -489,44 +494,78 @@ def arguments(argv):
     return o
 
 
+def make(folder, flag):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be made ({error.strerror}); give another folder")
+
+
+def check(flags):
+    """UserError for what st.py would refuse, hours later if that run starts late."""
+    ours = source(flags.get("init"))[0]  # another run has yet to make these weights
+    argv = unparse({**flags, "init": "imagenet"} if ours else flags)
+    c = recipes.settings(util.parse_flags(recipes.Config, "", recipes.HELP, argv), 1)
+    if c["init"] == "imagenet" and not ours:
+        try:
+            backbones.imagenet_file(c["backbone"])  # fetched once, not by several runs
+        except ValueError as error:
+            raise UserError(f"--init imagenet: {error}")
+
+
+def draw(o, planned):
+    """Draws what these runs read of the embedded world, once, before several look for it."""
+    own, root = o.world == "shapes", o.root if o.world == "shapes" else recipes.Config.root
+    for part, task in (("det", "det"), ("seg", "seg"), ("single", "cls"), ("unlabeled", "")):
+        if any(own and (flags["task"] == task or f"{flags.get('unlabeled')}/".startswith(f"{root}/{part}/"))
+               or part == "single" and flags.get("joint") == "shapes" for flags in planned):
+            data.embedded(root, part)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o = arguments(argv)
-    o.results.mkdir(parents=True, exist_ok=True)
+    make(o.results, "--results")
     target = o.results / f"{o.name}.json"
     if o.name == "findings":
         text = tables.findings(o.results)
         runs.write_atomic(target.with_suffix(".md"), lambda p: p.write_text(text))
         return print(text)
-    if (old := tables.read_json(target)) and (old["world"], old["task"]) != (o.world, o.task):
-        raise UserError(f"{target} is of {old['world']}, {old['task']}; give another --results for {o.world}, {o.task}")
+    what = {"world": o.world, "task": o.task, "recipe": o.recipe or "", "root": Path(o.root).name, "labeled": o.labeled,
+            "flags": tables.without_folders(shlex.join(o.flags))}
+    old = tables.read_json(target) or what
+    if other := [k for k in what if old.get(k) != what[k]]:
+        raise UserError(f"{target} is of " + ", ".join(f"{k} '{old.get(k)}'" for k in other) + "; give another --results for "
+                        + ", ".join(f"'{what[k]}'" for k in other))
     study = STUDIES[o.name]
     cells, found = plan(study, o)
     rows, columns = (set(o.only) & set(study[k]) or set(study[k]) for k in ("rows", "columns"))
     chosen = [c["run"] for c in cells if "run" in c and c["row"] in rows and c["column"] in columns]
-    sources = [v[1:].rpartition("/")[0] for name in chosen for v in found[name].values() if v is not True and v[0] == "@"]
+    sources = [source(v)[0] for name in chosen for v in found[name].values()]
     started = {name: flags for name, flags in found.items() if name in chosen or name in sources}
-    for part in ("unlabeled", "single"):  # drawn once, before several runs look for it
-        if any(v is not True and v.startswith(f"{o.root}/{part}") for flags in started.values() for v in flags.values()):
-            world.build(o.root, part)
-    wall, began = o.out / f"{o.name}.wall.json", time.time()
-    before = [name for name in started for s in range(o.seeds) if not (o.out / name / f"seed{s}/results.json").exists()]
+    before = [flags for name, flags in started.items()
+              if not all((o.out / name / f"seed{s}/results.json").exists() for s in range(o.seeds))]
+    for flags in before:
+        check(flags)
+    make(o.out, "--out")
+    draw(o, before)
+    wall, began = o.out / f"{o.name}-{o.task}-{o.world}.wall.json", time.time()
     try:
         bad = execute(o.out, started, o.seeds, o.jobs)
     finally:
-        with alone(o.out):
+        with contextlib.suppress(OSError, UserError), alone(o.out):  # what ended execute() is to be told, not this
             runs.write_json(wall, (tables.read_json(wall) or 0) + (time.time() - began if before else 0))
     lost = {name for name, _ in bad}
-    cells = [read_cell(o.out, {**c, "empty": "failed"} if c.get("run") in lost else c, o.task, o.seeds) for c in cells]
-    hours, machines, versions = spent(o.out, found, o.seeds)
+    cells = [tables.read_cell(o.out, {**c, "empty": "failed"} if c.get("run") in lost else c, METRIC[o.task], o.seeds)
+             for c in cells]
+    hours, machines, versions = tables.spent(o.out, found, o.seeds)
     results = {
-        "study": o.name, "title": study["title"], "world": o.world, "task": o.task, "metric": METRIC[o.task], "seeds": o.seeds,
-        "command": without_folders(shlex.join(["python", "study.py", *argv])), "machines": machines, "versions": versions,
+        "study": o.name, "title": study["title"], **what, "metric": METRIC[o.task], "seeds": o.seeds,
+        "command": tables.without_folders(shlex.join(["python", "study.py", *argv])), "machines": machines, "versions": versions,
         "hours": {"runs": hours, "wall": round((tables.read_json(wall) or 0) / 3600, 2)},
         "rows": list(study["rows"]), "columns": list(study["columns"]),
-        "runs": {name: without_folders(" ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-                                                for k, v in flags.items())) for name, flags in found.items()},
-        "cells": cells, "differences": differences(study, cells)}
+        "runs": {name: tables.without_folders(" ".join(unparse(flags))) for name, flags in found.items()},
+        "cells": cells, "differences": tables.differences(study, cells)}
     if o.name == "yours":
         results["verdict"] = tables.helped(results)
     with alone(o.out):

@@ -1,4 +1,4 @@
-"""What study.py writes: intervals, a table as Markdown and as a picture, verdicts on the paper's findings.
+"""What study.py writes: cells from runs, intervals, a table as Markdown and as a picture, verdicts on the paper's findings.
 
 Numbers are percent. A result is what study.py puts into results/NAME.json: {"rows": [name], "columns": [name], "cells": [{"row",
 "column", "paper", "seeds", "values", "n", "mean", "sd", "rising"}], "differences": [{"what", "at", **interval()}], ...}.
@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+
 
 def read_json(path):
     """None if there is none, or half of one."""
@@ -41,6 +42,11 @@ def interval(values):
             "low": round(mean - half, 4) if n > 1 else None, "high": round(mean + half, 4) if n > 1 else None}
 
 
+# A cosine schedule spends its last fifth at under a tenth of the peak lr. What still gains a hundredth there was cut short, and a
+# comparison of such cells says who is faster, not who is better.
+RISING = 0.01
+
+
 def rise(curve):
     """What a stage gained in the last fifth of its steps. curve: [[step, metric], ...] with the last step."""
     steps, values = np.array(curve, float).T
@@ -62,6 +68,54 @@ def contrast(cells, plus, minus=()):
 
 # ---- results -----------------------------------------------------------------------------------------------------
 
+def read_cell(out, cell, metric, seeds):
+    """The cell with its numbers in percent: "seeds", "values", "mean", "sd" (n - 1), "n", "steps", "rising" (None: unknown)."""
+    stages = {}
+    for seed in range(seeds):
+        results = read_json(out / cell.get("run", "") / f"seed{seed}" / "results.json") if "run" in cell else None
+        if results and cell["stage"] in results:
+            stages[seed] = results[cell["stage"]]
+    values = [round(100 * r[metric], 4) for r in stages.values()]
+    curves = [r["curve"] for r in stages.values() if len(r.get("curve") or ()) > 1]
+    why = {} if values else {"empty": cell.get("empty", "not run")}
+    return {**{k: v for k, v in cell.items() if k != "empty"}, **why, "seeds": list(stages), "values": values, "n": len(values),
+            "mean": round(statistics.fmean(values), 4) if values else None,
+            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+            "steps": curves[0][-1][0] if curves else None,
+            "rising": bool(statistics.fmean(map(rise, curves)) > RISING) if curves else None}
+
+
+def differences(study, cells):
+    """The differences that the study asks for, paired by seed: [{"what", "plus", "minus", ...interval()}]."""
+    found = []
+    for a, b in study["compare"]:
+        by_row = a in study["rows"]
+        for other in study["columns"] if by_row else study["rows"]:
+            plus, minus = ((a, other), (b, other)) if by_row else ((other, a), (other, b))
+            if values := contrast(cells, [plus], [minus]):
+                found.append({"what": f"{a} - {b}", "at": other, **interval(values)})
+    return found
+
+
+def spent(out, found, seeds):
+    """Hours of training and evaluation in all stages of the runs, each adopted stage once; machines and versions."""
+    seconds, notes = {}, []
+    for name in found:
+        for seed in range(seeds):
+            folder = out / name / f"seed{seed}"
+            results, note = read_json(folder / "results.json"), read_json(folder / "run.json")
+            for stage, r in (results or {}).items():
+                if isinstance(r, dict) and "seconds" in r:
+                    seconds[r.get("weights") or f"{folder}/{stage}"] = r["seconds"]
+            notes += [note] * bool(results and note)
+    return round(sum(seconds.values()) / 3600, 2), *(sorted({n[k] for n in notes}) for k in ("machine", "versions"))
+
+
+def without_folders(text):
+    """The same without absolute folders: results say nothing about the machine's disk."""
+    return re.sub(r"(?<![\w.~*])[/~](?:[^/\s]*/)*", "", text)
+
+
 def signed(d):
     """A difference for readers: +1.3 (+0.4 to +2.2)."""
     return f"{d['mean']:+.1f} " + ("(one seed)" if d["low"] is None else f"({d['low']:+.1f} to {d['high']:+.1f})")
@@ -72,8 +126,9 @@ def markdown(r):
     cells = {(c["row"], c["column"]): c for c in r["cells"]}
 
     def text(c):
+        curve = "still rising" if c["rising"] else "convergence unknown" if c["n"] and c["rising"] is None else ""
         ours = (f"{c['mean']:.1f}" + (f" ± {c['sd']:.1f}" if c["n"] > 1 else "") + f" ({c['n']})") if c["n"] else ""
-        return ", ".join(filter(None, [ours, "still rising" * bool(c["rising"]), f"paper {c['paper']}" if c["paper"] else ""]))
+        return ", ".join(filter(None, [ours, curve, f"paper {c['paper']}" if c["paper"] else ""]))
     lines = [f"# {r['title']}", "",
              f"{r['metric']} in percent, mean ± standard deviation (seeds), of {r['world']}, {r['task']}. The paper's numbers "
              "are of other data and networks: compare differences.", "",
@@ -90,7 +145,8 @@ def markdown(r):
                       f"{'; '.join([*r['machines'], *r['versions']])}", ""])
 
 
-COLOURS = ("#1f6fb4", "#8b949d", "#d9660d", "#0f8a5f", "#b3261e", "#7b4fb5", "#b08900", "#2aa7b8", "#5b6470")
+COLOURS = ("#1f6fb4", "#8b949d", "#d9660d", "#0f8a5f", "#b3261e", "#7b4fb5", "#b08900", "#2aa7b8", "#1c2126",
+           "#c2469a", "#6b4423", "#7fa51d")
 
 
 def svg(r):
@@ -193,12 +249,14 @@ def findings(folder):
             cells = results.get(study, {"cells": []})["cells"]
             values = contrast(cells, plus, minus)
             d = interval(values) if values else None
-            rising = [" ".join(cell) for c in cells if c["rising"] and (cell := (c["row"], c["column"])) in [*plus, *minus]]
+            named = {(c["row"], c["column"]): c["rising"] for c in cells if (c["row"], c["column"]) in [*plus, *minus]}
+            rising, unknown = ([" ".join(cell) for cell, r in named.items() if r is value] for value in (True, None))
             # (0) claims convergence; elsewhere it is a remark
-            verdicts.append("unclear" if rising and key == "0" and verdict(d) == "holds" else verdict(d))
+            verdicts.append("unclear" if (rising or unknown) and key == "0" and verdict(d) == "holds" else verdict(d))
             name = " + ".join(map(" ".join, plus)) + "".join(" - " + " ".join(cell) for cell in minus)
             texts.append(f"{study}: {name.replace('*', '(spread)')}: " + (f"{signed(d)}, n = {d['n']}" if d else "not run"))
             notes += [f"- ({key}) {study}, still rising: {', '.join(rising)}"] * bool(rising)
+            notes += [f"- (0) {study}, convergence unknown: {', '.join(unknown)}"] * bool(unknown and d and key == "0")
         both = verdicts[0] if len(set(verdicts)) == 1 else "does not hold" if "does not hold" in verdicts else "unclear"
         lines.append(f"| ({key}) {sentence} | **{both}** | {'<br>'.join(texts)} |")
     lines += ["", *(f"- {n}: {r['world']}, {r['task']}, {r['metric']}, {r['seeds']} seeds" for n, r in results.items()), *notes]

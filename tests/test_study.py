@@ -1,18 +1,21 @@
 """Studies: what is shared runs once, a killed study ends with the same files, and the arithmetic of tables and verdicts.
 Most tests put a stub in place of st.py: a few lines with the same flags, stages and results.json."""
+import errno
 import json
 import math
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import xml.dom.minidom
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import recipes
 import study
@@ -21,7 +24,7 @@ import util
 import world
 
 STUB = '''
-import fcntl, hashlib, json, os, sys, time
+import fcntl, hashlib, json, os, signal, sys, time
 from pathlib import Path
 args = sys.argv[1:]
 out = Path(args[args.index("--out") + 1])
@@ -34,7 +37,12 @@ except OSError:
 def note(*what):
     with open(os.environ["NOTES"], "a") as f:
         f.write(" ".join(map(str, what)) + "\\n")
+    if os.environ.get("KILL") and len(open(os.environ["NOTES"]).readlines()) >= int(os.environ["KILL"]):
+        os.killpg(0, signal.SIGKILL)  # the study with it
 note("started", out, " ".join(args))
+if os.environ.get("BUSY") and not Path("busy").exists():
+    Path("busy").touch()
+    sys.exit("error: this folder is in use by another process; wait for it\\nteacher 1/100 of that other one")
 if os.environ.get("FAIL", "no such flag") in " ".join(args):
     sys.exit("progress 1\\rprogress 2\\nerror: the disk of this test is full")
 if "--init" in args and "/seed" in args[args.index("--init") + 1]:
@@ -49,7 +57,8 @@ for stage in stages:
         number = int(hashlib.sha256(f"{out.parent.name} {stage}".encode()).hexdigest()[:4], 16) % 100 / 1000 + 0.01 * seed
         result = {"AP": number, "mIoU": number, "seconds": 36.0, "weights": f"{out} {stage}",
                   "curve": [[80, number - 0.02 * (stage == "student")], [100, number]]}
-        path.with_suffix(".tmp").write_text(json.dumps({"deps": {}, "result": result}))
+        deps = {"teacher": results["teacher"]["weights"]} if stage != "teacher" else {}
+        path.with_suffix(".tmp").write_text(json.dumps({"deps": deps, "result": result}))
         note("computed", out, stage)
         os.replace(path.with_suffix(".tmp"), path)
     results[stage] = json.loads(path.read_text())["result"]
@@ -66,6 +75,8 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PROGRAM", [sys.executable, "-IS", str(tmp_path / "stub.py")])
     monkeypatch.setattr(study, "POLL", 0.01)
     monkeypatch.setattr(study.world, "build", lambda *_: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: None)
 
     def call(*args):
         study.main([args[0], "--jobs", "2", *map(str, args[1:])])
@@ -83,7 +94,9 @@ def computed(lines):
 
 
 def files(folder, name):
-    return {suffix: (folder / f"{name}{suffix}").read_text() for suffix in (".json", ".md", ".svg")}
+    """Without the hours by the clock."""
+    texts = {suffix: (folder / f"{name}{suffix}").read_text() for suffix in (".json", ".md", ".svg")}
+    return {suffix: re.sub(r'"wall": [\d.]+|[\d.]+ by the clock', "", text) for suffix, text in texts.items()}
 
 
 # ---- running -----------------------------------------------------------------------------------------------------
@@ -166,18 +179,15 @@ def test_killed_at_any_moment_and_run_again_the_files_are_the_same(stub, tmp_pat
     whole = files(tmp_path / "whole-results", "table4")
     (tmp_path / "notes").unlink()
     args = ("table4", "--seeds", "2", "--out", "killed", "--results", "killed-results")
-    rng, said = random.Random(0), tmp_path / "said"
-    for _ in range(4):
-        before, pid = len(notes(tmp_path)), fork(said, *args, SLOW="0.5")
-        while len(notes(tmp_path)) == before:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.8))
-        os.killpg(pid, signal.SIGKILL)
-        assert ended(pid) == -signal.SIGKILL
-    some = computed(notes(tmp_path))
-    assert 0 < len(some) < 12  # on its way, and not at the end
+    said, some = tmp_path / "said", {}
+    for moment in (2, 5, 9, 12):  # as many starts and ends of stages, over all attempts
+        assert ended(fork(said, *args, KILL=str(moment))) == -signal.SIGKILL
+        assert len(some) <= len(computed(notes(tmp_path))) < 12
+        some = computed(notes(tmp_path))
+    assert len(some) > 1
     assert ended(fork(said, *args)) == 0
-    assert len(computed(notes(tmp_path))) == 12 and max(computed(notes(tmp_path)).values()) <= 2  # 2: killed before it was kept
+    did = computed(notes(tmp_path))
+    assert len(did) == 12 and sum(did.values()) <= 12 + 4 * 2  # what the two runs at work had not yet kept at each kill
     again = files(tmp_path / "killed-results", "table4")
     assert {k: t.replace("killed", "whole") for k, t in again.items()} == whole
     count = len(notes(tmp_path))
@@ -186,13 +196,13 @@ def test_killed_at_any_moment_and_run_again_the_files_are_the_same(stub, tmp_pat
 
 
 def test_sigterm_reaches_the_runs_and_the_line_says_how_to_go_on(stub, tmp_path):
-    pid = fork(tmp_path / "said", "regime", SLOW="60")
+    pid = fork(tmp_path / "said", "regime", SLOW="600")
     while not notes(tmp_path):
         time.sleep(0.01)
     began = time.time()
     os.kill(pid, signal.SIGTERM)
     assert ended(pid) == 143 and "the same command resumes" in (tmp_path / "said").read_text()
-    assert time.time() - began < 50  # a stub by itself takes longer
+    assert time.time() - began < 500  # a stub by itself takes longer
     assert not any(study.taken(tmp_path / w[1]) for w in notes(tmp_path))  # no run is left behind
 
 
@@ -225,24 +235,130 @@ os.rename({str(tmp_path / 'kept')!r}, {str(tmp_path / name / 'results.json')!r})
     assert ended(pid) == 0 and len(notes(tmp_path)) == count
 
 
+def test_one_that_was_slower_tries_again_whatever_the_other_has_logged_since(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("BUSY", "1")
+    lines = stub("regime", "--seeds", 1, "--only", "20%")
+    assert [w[0] for w in lines] == ["started", "started", "computed"]
+    (tmp_path / lines[0][1] / "results.json").unlink()
+    monkeypatch.setenv("FAIL", "--task det")
+    with pytest.raises(util.UserError, match="1 of 1 runs failed"):  # what the log said before this start is past
+        stub("regime", "--seeds", 1, "--only", "20%")
+
+
+def test_a_failure_of_the_study_itself_leaves_no_run_behind(stub, monkeypatch):
+    started, launch, write_json = [], study.launch, study.runs.write_json
+
+    def once(*args):
+        if started:
+            raise OSError("the first error")
+        started.append(launch(*args)[0])
+        return started[0], 0
+
+    def write(path, value):
+        if "wall" in path.name:
+            raise util.UserError("the second error")
+        write_json(path, value)
+    monkeypatch.setenv("SLOW", "600")
+    monkeypatch.setattr(study, "launch", once)
+    monkeypatch.setattr(study.runs, "write_json", write)
+    with pytest.raises(OSError, match="the first error"):
+        stub("regime", "--seeds", 1)
+    assert started[0].poll() is not None
+
+
+def test_a_run_keeps_the_precision_it_began_with_and_adopts_no_other(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(util, "precision", lambda *_: torch.bfloat16)
+    first, _ = stub("regime", "--seeds", 1, "--only", "20%")
+    monkeypatch.setattr(util, "precision", lambda *_: torch.float32)
+    (tmp_path / first[1] / "results.json").unlink()
+    again = stub("regime", "--seeds", 1, "--only", "20%")[-1]
+    lines = stub("table3", "--seeds", 1, "--only", "20%", "random")
+    other, = (w for w in lines if w[0] == "started" and "--control" in w)
+    assert [w[w.index("--precision") + 1] for w in (first, again, other)] == ["bf16", "bf16", "fp32"]
+    assert computed(lines)[other[1], "teacher"] == 1  # though that of the first run was there
+
+
+def test_pseudo_labels_and_control_are_adopted_with_their_own_teacher_only(stub, tmp_path):
+    stub("student-init", "--seeds", 1, "--only", "from its teacher")
+    _, found = study.plan(study.STUDIES["alpha"], study.arguments(["alpha"]))
+    own, adopting = (f"runs/study/{next(n for n, f in found.items() if f.get('alpha') == a)}/seed0" for a in ("2", "4"))
+    (tmp_path / own / "teacher").mkdir(parents=True)
+    (tmp_path / own / "teacher/stage.json").write_text(json.dumps({"deps": {}, "result": {"AP": 0.5, "weights": "other"}}))
+    did = computed(stub("alpha", "--seeds", 1, "--only", "2", "4", "self-trained"))
+    assert [did[own, s] for s in ("pseudo", "control")] == [1, 1] and [did[adopting, s] for s in ("pseudo", "control")] == [0, 0]
+
+
+def test_a_stage_that_cannot_be_copied_is_one_line_and_leaves_nothing(stub, tmp_path, monkeypatch):
+    stub("regime", "--seeds", 1, "--only", "20%")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space here")
+    with monkeypatch.context() as m, pytest.raises(util.UserError, match="cannot copy .*no space here"):
+        m.setattr(study.shutil, "copytree", full)
+        stub("table3", "--seeds", 1, "--only", "20%", "random")
+    folder, = {p.parent for p in Path("runs/study").glob("*/seed0/run.json")} - {Path(notes(tmp_path)[0][1])}
+    (folder / ".adopt-killed/teacher").mkdir(parents=True)
+    did = computed(stub("table3", "--seeds", 1, "--only", "20%", "random"))
+    assert not list(folder.glob(".adopt-*")) and [did[str(folder), s] for s in ("teacher", "control")] == [0, 1]
+
+
+def test_the_world_is_drawn_once_beforehand_and_only_where_it_is_read(stub, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(world, "build", lambda root, part: drawn.append((root, part)))
+    stub("table3", "--seeds", 1, "--only", "20%", "random", "pre-trained")
+    assert drawn == [("datasets/shapes", part) for part in ("det", "single", "unlabeled")]
+    stub("table2", "--seeds", 1, "--only", "S1", "random", "--world", "coco", "--root", "COCO", "--unlabeled",
+         "COCO/unlabeled2017", "--results", "coco")
+    assert len(drawn) == 3
+
+    def full(*_):
+        raise OSError("no such place")
+    monkeypatch.setattr(world, "build", full)
+    with pytest.raises(util.UserError, match="cannot draw the embedded world in datasets/shapes"):
+        stub("regime", "--seeds", 1)
+
+
 def test_results_do_not_name_the_machines_folders(stub, tmp_path):
+    for name in ("x.pth", "s.pth"):
+        (tmp_path / name).write_text(name)
     stub("table4", "--seeds", 1, "--root", tmp_path / "shapes", "--out", tmp_path / "runs", "--results", tmp_path / "results",
          "--init", f"pre++={tmp_path}/x.pth", f"simclr=simclr:{tmp_path}/s.pth")
     assert not any(str(tmp_path) in text for text in files(tmp_path / "results", "table4").values())
 
 
-def test_results_of_another_task_are_not_overwritten(stub):
-    stub("regime", "--seeds", 1)
-    with pytest.raises(util.UserError, match="is of shapes, det; give another --results"):
-        stub("regime", "--seeds", 1, "--task", "seg")
+@pytest.mark.parametrize("other", [["--task", "seg"], ["--recipe", "coco-r50"], ["--root", "others"], ["--", "--steps", "5"]])
+def test_results_of_something_else_are_not_overwritten(stub, tmp_path, other):
+    stub("regime", "--seeds", 1, "--only", "20%")
+    before = files(tmp_path / "results", "regime")
+    line = f"results/regime.json is of .*; give another --results for '{' '.join(other[1:])}'"
+    with pytest.raises(util.UserError, match=line):
+        stub("regime", "--seeds", 1, "--only", "20%", *other)
+    assert files(tmp_path / "results", "regime") == before
+    stub("regime", "--seeds", 1, "--only", "20%", "--results", "others", *other)
+    walls = {p.name for p in (tmp_path / "runs/study").glob("*.wall.json")}
+    assert walls == {f"regime-{task}-shapes.wall.json" for task in ("det", *["seg"] * ("seg" in other))}
+
+
+def test_folders_that_cannot_be_made_are_one_line(stub, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag, folder in (("--out", "file/runs"), ("--results", "file")):
+        with pytest.raises(util.UserError, match=f"^{flag} {folder} cannot be made"):
+            stub("regime", "--seeds", 1, flag, folder)
 
 
 def test_yours_ends_in_a_sentence(stub, tmp_path, capsys):
-    stub("yours", "--data", "coco", "--root", "DIR", "--init", "imagenet", "--", "--steps", "12")
+    stub("yours", "--data", "coco", "--root", "DIR", "--init", "imagenet", "--", "--backbone", "resnet18", "--steps", "12")
     command = next(w for w in notes(tmp_path) if w[0] == "started")
     assert command[command.index("--steps") + 1] == "12" and "--labeled 0.2" in " ".join(command)
     said = capsys.readouterr().out
     assert "What helped here" in said or "Nothing was shown to help here" in said
+
+
+@pytest.mark.parametrize("init, line", [("imagenet", "no ImageNet weights for resnet10"), ("nowhere.pth", "is not a file")])
+def test_weights_that_are_not_there_are_named_before_anything_starts(stub, tmp_path, init, line):
+    with pytest.raises(util.UserError, match=line):
+        stub("yours", "--data", "coco", "--root", "DIR", "--init", init)
+    assert not notes(tmp_path)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------
@@ -267,13 +383,48 @@ def test_a_cell_that_cannot_be_run_says_what_it_needs():
     assert {c["empty"] for c in cells} >= {"needs --unlabeled"} and not any("run" in c for c in cells)
 
 
+def planned(*args):
+    return study.plan(study.STUDIES[args[0]], study.arguments([*args]))
+
+
+def test_yours_without_weights_leaves_their_cells_empty():
+    cells, _ = planned("yours", "--data", "coco", "--root", "x")
+    assert {c["row"][:6]: c.get("empty") for c in cells} == {"random": None, "pre-tr": "needs weights: --init FILE"}
+
+
+def test_joint_training_on_the_embedded_world_brings_no_folder_of_single_objects():
+    assert "single" not in study.words(study.arguments(["table7", "--world", "coco", "--joint", "shapes"]))
+    assert study.words(study.arguments(["table7", "--joint", "shapes"]))["single"].endswith("single/extra")
+
+
+def test_pre_training_has_the_network_and_the_machine_of_what_starts_from_it():
+    _, found = planned("table4", "--recipe", "coco-r50", "--", "--norm", "gn", "--device", "cpu", "--batch", "4")
+    first, = (f for f in found.values() if f["task"] == "cls")
+    assert (first["backbone"], first["norm"], first["device"]) == ("resnet50", "gn", "cpu") and "batch" not in first
+    _, found = planned("table4", "--recipe", "coco-r50", "--", "--backbone", "resnet18")
+    assert {f["backbone"] for f in found.values()} == {"resnet18"}
+
+
+def test_other_weights_in_the_same_file_are_another_run(tmp_path):
+    path, names = tmp_path / "x.pth", []
+    for time_, text in enumerate("aab"):
+        path.write_text(text)
+        os.utime(path, (time_, time_))
+        names.append(set(planned("table4", "--init", str(path))[1]))
+    assert names[0] == names[1] and len(names[0] - names[2]) == 1
+
+
 @pytest.mark.parametrize("args, line", [
-    (["yours"], "give --data coco or voc"), (["yours", "--data", "coco"], "needs --init"),
+    (["yours"], "give --data coco or voc"), (["table2", "--init", "pre="], "lacks weights"),
     (["table2", "--only", "S9"], "table2 has only random; "), (["table2", "--recipe", "x"], "--recipe x does not exist"),
-    (["table2", "--seeds", "0"], "must be 1 or more"), (["table2", "--world", "voc", "--task", "det"], "not for --task det")])
+    (["table2", "--seeds", "0"], "must be 1 or more"), (["table2", "--world", "voc", "--task", "det"], "not for --task det"),
+    (["table2", "--", "--labeled", "1"], "^--labeled after --"), (["table2", "--", "--root", "x"], "^--root after --"),
+    (["table2", "--", "--stepz", "1"], "no flag --stepz"), (["table2", "--", "steps"], "no flag"),
+    (["table2", "--", "--aug", "s1"], "^--aug after -- is what table2 varies"),
+    (["alpha", "--", "--alpha", "1"], "^--alpha after -- is what alpha varies")])
 def test_wrong_arguments_end_in_one_line(args, line):
     with pytest.raises(util.UserError, match=line):
-        study.arguments(args)
+        planned(*args)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -306,7 +457,7 @@ def test_differences_are_paired_by_seed():
     assert tables.contrast(cells, [("a", "y")], [("b", "y")]) == [] == tables.contrast(cells, [("c", "x")], [("a", "x")])
     assert tables.contrast(cells, [("a", "*")]) == [9.0]  # only seed 0 is in every column
     table = {"rows": {"a": 0, "b": 0}, "columns": {"x": 0, "y": 0, "z": 0}, "compare": [("a", "b"), ("x", "z")]}
-    found = study.differences(table, cells)
+    found = tables.differences(table, cells)
     assert [(d["what"], d["at"], d["values"]) for d in found] == [("a - b", "x", [1.5, 1.0]), ("x - z", "a", [6.0, 19.0])]
 
 
@@ -316,7 +467,7 @@ def test_still_rising_is_a_gain_of_a_point_in_the_last_fifth(tmp_path):
         (tmp_path / "r/seed0").mkdir(parents=True, exist_ok=True)
         stage = {"AP": 0.3, "curve": [[40, 0.0], [80, 0.3 - gain], [100, 0.3]]}
         (tmp_path / "r/seed0/results.json").write_text(json.dumps({"teacher": stage}))
-        found = study.read_cell(tmp_path, {"row": "a", "column": "b", "stage": "teacher", "run": "r"}, "det", 2)
+        found = tables.read_cell(tmp_path, {"row": "a", "column": "b", "stage": "teacher", "run": "r"}, "AP", 2)
         assert found["rising"] is rising and found["steps"] == 100 and found["values"] == [30.0] and found["sd"] is None
 
 
@@ -326,8 +477,13 @@ def test_pictures_are_well_formed_and_escape_names(stub, tmp_path):
     shown = sum(c["n"] > 0 for c in r["cells"])
     assert shown == 4 and len(xml.dom.minidom.parseString(tables.svg(r)).getElementsByTagName("circle")) == shown + len(r["rows"])
     assert "still rising" in tables.markdown(r) and "paper 41.1" in tables.markdown(r)
+    assert "convergence unknown" in tables.markdown({**r, "cells": [{**c, "rising": None} for c in r["cells"]]})
     r = {**r, "title": "a < b & c", "cells": [{**c, "n": 0} for c in r["cells"]]}
     xml.dom.minidom.parseString(tables.svg(r))  # nor does a table without numbers fail
+
+
+def test_every_row_of_a_table_has_a_colour_of_its_own():
+    assert max(len(s["rows"]) for s in study.STUDIES.values()) <= len(set(tables.COLOURS))
 
 
 # ---- findings ----------------------------------------------------------------------------------------------------
@@ -351,6 +507,8 @@ def test_verdicts_follow_the_intervals(tmp_path):
                           "f": "holds"}
     write("regime", [{**c, "rising": c["column"] == "100%"} for c in regime])
     assert verdicts()["0"] == "unclear" and "still rising: random 100%" in tables.findings(tmp_path)
+    write("regime", [{**c, "rising": None} for c in regime])
+    assert verdicts()["0"] == "unclear" and "convergence unknown: random 20%" in tables.findings(tmp_path)
     write("regime", [{**c, "values": c["values"][:2], "seeds": [0, 1]} for c in regime])
     assert verdicts()["0"] == "unclear"  # two seeds
 
@@ -367,10 +525,11 @@ def test_findings_name_only_cells_that_the_studies_have():
 @pytest.mark.slow
 def test_a_study_of_the_real_program(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SETTINGS", {("voc", "seg"): "--eval-every 2"})
-    root = world.build(tmp_path, "seg", {"train": 10, "val": 2})
-    study.main(["student-init", "--world", "voc", "--root", str(root), "--unlabeled", str(root / "JPEGImages"), "--seeds", "1",
-                "--recipe", "seg-fine", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
-                "--", "--image-size", "64", "--batch", "4", "--steps", "4", "--student-steps", "4", "--threshold", "0.01"])
+    root = world.build(tmp_path, "seg", {"train": 10, "aug": 4, "val": 2})
+    command = ["student-init", "--world", "voc", "--root", str(root), "--unlabeled", str(root / "JPEGImages"), "--seeds", "1",
+               "--recipe", "seg-fine", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
+               "--", "--image-size", "64", "--batch", "4", "--steps", "4", "--student-steps", "4", "--threshold", "0.01"]
+    study.main(command)
     r = json.loads((tmp_path / "results/student-init.json").read_text())
     values = {(c["row"], c["column"]): c["values"] for c in r["cells"]}
     assert all(len(v) == 1 and 0 <= v[0] <= 100 for v in values.values()) and len(values) == 6
@@ -380,3 +539,10 @@ def test_a_study_of_the_real_program(tmp_path, monkeypatch):
     for path in ("teacher/step_00000004.pt", "pseudo/pseudo.json"):
         assert (base / path).stat().st_ino == (other / path).stat().st_ino
     assert {c["steps"] for c in r["cells"]} == {4} and not any(c["rising"] is None for c in r["cells"])
+    state = torch.load(base / "teacher/step_00000004.pt", weights_only=True)
+    torch.save({**state, "spent": 1000.0}, base / "teacher/step_00000004.pt")  # as if it had been interrupted and resumed
+    stage = json.loads((base / "teacher/stage.json").read_text())
+    (base / "teacher/stage.json").write_text(json.dumps({"deps": stage["deps"]}))
+    (base / "results.json").unlink()
+    assert study.main(command) is None
+    assert json.loads((base / "teacher/stage.json").read_text())["result"]["seconds"] > 1000 > stage["result"]["seconds"]
