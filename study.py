@@ -207,7 +207,7 @@ def basis(flags):
     row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
     init = Path(backbones.split_source(flags.get("init", "random"))[1])
     init = (runs.checkpoints(init) or [init])[-1] if init.is_dir() else init
-    return runs.digest([row, [world.VERSION, repr(world.PARTS)] if flags["data"] == "shapes" else 0,
+    return runs.digest([row, world.VERSION if flags["data"] == "shapes" else 0,
                         file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
 
 
@@ -424,12 +424,12 @@ def execute(out, found, seeds, jobs):
                     bad[run] = f"skipped: {lost[0][0]} failed"
                     say(run, bad[run])
                 elif slots and all(map(finished, sources)) and (sooner == run or sooner not in todo and sooner not in running):
-                    if not taken(out / name / f"seed{seed}"):
+                    if not taken(out / name / f"seed{seed}") and not finished(run):  # it may have ended just now
                         running[run] = slots[0], *launch(out, name, seed, found[name], slots[0], jobs)
                         todo.remove(run)
                         del slots[0]
                         say(run, "started")
-                    elif run not in elsewhere:  # its result will do
+                    elif not finished(run) and run not in elsewhere:  # its result will do
                         elsewhere.add(run)
                         say(run, "being done elsewhere")
             time.sleep(POLL if running or todo else 0)
