@@ -403,8 +403,8 @@ def random_crop(image, size, scale, rng):
 
 def view(image, size, crop, jitter, grey, blur, rng):
     """One view for contrastive learning (MoCo v2's list of operations, in its order).
-    crop: range of area; jitter: largest change of brightness, contrast, saturation (as factors) and hue (of a full turn), in random
-    order, p = 0.8; grey: its probability; blur: range of the Gaussian's deviation in pixels, p = 0.5; flip, p = 0.5."""
+    crop: range of area; jitter: largest change of brightness, contrast, saturation (as factors) and hue (of a full turn), in
+    random order, p = 0.8; grey: its probability; blur: range of the Gaussian's deviation in pixels, p = 0.5; flip, p = 0.5."""
     image = random_crop(image, size, crop, rng)
     if rng.random() < 0.8:
         for k in rng.permutation(4):

@@ -481,8 +481,9 @@ def joint_root(flags):
 
 def given_images(flags):
     """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
-    root = Path(flags.root) / ("seg" if flags.data == "shapes" else "")
-    named = (flags.data == "voc" or flags.data == "shapes" and flags.task == "seg") and voc.list_file(root, flags.unlabeled).exists()
+    root = Path(flags.root) / ("" if flags.data == "voc" else "seg")
+    has_lists = flags.data == "voc" or (flags.data, flags.task) == ("shapes", "seg")
+    named = has_lists and voc.list_file(root, flags.unlabeled).exists()
     return voc.images_of(root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
 
 

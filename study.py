@@ -50,9 +50,9 @@ METRIC = {"det": "AP", "seg": "mIoU"}
 
 # The flags of every run, by world and task (cls is the pre-training). Those of shapes, seg, with the world's 300 labelled images,
 # were settled on one seed by one criterion, that labels limit supervised training and steps do not, and frozen before any study
-# was run. Under S1, 1,500 steps do: mIoU 26, 52 from 20, 100 images, and less than 2 more after the control's further 800. Under S4
-# even 3,000 do not (42, 68; 44, 70; after 2,000 more 46, 72), so what the paper does under S4 is done under S1 here. One scale:
-# the paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it in minutes on a CPU.
+# was run. Under S1, 1,500 steps do: mIoU 26, 52 from 20, 100 images, and less than 2 more after the control's further 800. Under
+# S4 even 3,000 do not (42, 68; 44, 70 after 800 more; 46, 72 after 2,000), so the paper's studies under S4 are done under S1
+# here. One scale: the paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it on a CPU.
 SETTINGS = {
     ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",
     ("shapes", "seg"): "--student-steps 800 --scales 1 --eval-every 300",
