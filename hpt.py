@@ -268,6 +268,7 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
     batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers), time.time(), 0.0
     net.train()
     for step in range(start, steps):
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
         clock = time.time()
         views, bad = next(batches)
         waited += time.time() - clock
@@ -383,7 +384,8 @@ def slug(source):
 
 def digest(init):
     """What tells one --init from another: the hash of its file."""
-    return data.file_digest(backbones.split_source(init)[1]) if init not in ("random", "imagenet") else init
+    simclr, path = backbones.split_source(init)
+    return "simclr:" * simclr + data.file_digest(path) if init not in ("random", "imagenet") else init
 
 
 def load(backbone, init):
@@ -455,8 +457,12 @@ def settings(flags, ranks):
         c["groups"] = max(c["groups"], ranks)
     if c["backbone"] not in backbones.NAMES:
         raise UserError(f"--backbone {c['backbone']} is unknown; give one of {', '.join(backbones.NAMES)}")
-    if min(c["batch"], c["groups"], c["queue"], c["image_size"], flags.labels) < 1 or not c["lr"] > 0:
-        raise UserError("--batch, --groups, --queue, --image-size, --labels and --lr must be above 0")
+    if c["backbone"] in backbones.SPINENETS:
+        raise UserError(f"--backbone {c['backbone']} is a pyramid, not all of which pre-training would reach; give another")
+    if not flags.stage and not flags.eval and (flags.data or flags.init != "random"):
+        raise UserError("--data and --init need a --stage or an --eval; without any of these, the embedded domains are run")
+    if min(c["batch"], c["groups"], c["queue"], c["image_size"], flags.labels) < 1 or not c["lr"] > 0 or flags.seed < 0:
+        raise UserError("--batch, --groups, --queue, --image-size, --labels and --lr must be above 0, --seed not below")
     if c["groups"] % ranks or c["batch"] % c["groups"] or c["batch"] < 2 * c["groups"]:
         raise UserError(f"--batch {c['batch']} cannot be cut into {c['groups']} batch-norm groups of two or more images on"
                         f" {ranks} processes; give a --groups that divides the batch and is a multiple of the processes")
@@ -488,8 +494,8 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
         results[folder.name] = stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, log)
         init, init_digest = folder / "backbone.pt", results[folder.name]["weights"]
     for name in evals:
-        backbone = backbones.build(c["backbone"])
         torch.manual_seed(flags.seed)
+        backbone = backbones.build(c["backbone"])
         load(backbone, str(init))
         results[name] = util.rank0_first(lambda: probe.evaluated(
             name, out / f"{name}_{slug(target)}", backbone, init_digest, sets, {**c, "labels": flags.labels,

@@ -56,7 +56,7 @@ def measure(paths, sample=1000):
         pixels = np.asarray(read_usable(paths, i)[0], dtype=np.float64).reshape(-1, 3) / 255
         sums += pixels.mean(0), (pixels ** 2).mean(0)
     mean, square = sums / len(chosen)
-    return tuple(mean.tolist()), tuple(np.sqrt(square - mean ** 2).clip(1 / 255).tolist())  # of one colour: no division by 0
+    return tuple(mean.tolist()), tuple(np.sqrt((square - mean ** 2).clip(255 ** -2)).tolist())  # of one colour: not 0
 
 
 def normalise(images, pixels):

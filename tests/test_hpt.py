@@ -370,6 +370,8 @@ def test_two_processes_train_as_one(images, tmp_path):
     (["--stage", "{images}:5", "--batch", "48", "--queue", "48"], "has 27 images, fewer than a batch of 48"),
     (["--stage", "{images}:5", "--init", "nothing.pth"], "--init nothing.pth"),
     (["--stage", "{images}:5", "--backbone", "vgg"], "--backbone vgg is unknown"),
+    (["--stage", "{images}:5", "--backbone", "spinenet49"], "is a pyramid"), (["--data", "{images}"], "need a --stage"),
+    (["--stage", "{images}:5", "--seed", "-1"], "--seed not below"),
     (["--stage", "{images}:5", "--lr", "-1"], "must be above 0"),
     (["--stage", "{images}:5", "--eval", "svm"], "--eval svm is unknown"),
     (["--eval", "knn"], "--eval needs --data"),

@@ -38,6 +38,25 @@ def test_what_is_separable_is_separated(colours, tmp_path, name, more):
     assert probe.evaluated(name, tmp_path / name, net, "random", sets, {**C, **more}, CPU, QUIET) == result  # remembered
 
 
+def test_images_of_one_colour_have_a_deviation(tmp_path):
+    for i, grey in enumerate((0, 77, 79, 83, 151, 255)):
+        Image.new("RGB", (33, 35), (grey,) * 3).save(tmp_path / f"{i}.png")
+        _, deviation = probe.measure(np.array([str(tmp_path / f"{i}.png").encode()]))
+        assert all(0 < d < 0.01 for d in deviation), grey
+
+
+def test_random_weights_come_from_the_seed(colours, tmp_path):
+    argv = ["--recipe", "tiny", "--image-size", "32", "--eval", "knn", "--data", str(colours), "--workers", "0", "--device", "cpu"]
+    seen = []
+    real = probe.evaluated
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(seen))  # what was drawn before does not matter
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probe, "evaluated", lambda *a: (seen.append(a[2].state_dict()["layer1.0.conv1.weight"].clone()), real(*a))[1])
+            hpt.main([*argv, "--seed", str(seed), "--out", str(tmp_path / str(len(seen)))])
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
 def test_the_winner_is_chosen_on_the_validation_part(colours):
     """With labels of the test part turned round, accuracy there is nothing, and the choice the same."""
     sets, net = probe.load(str(colours), 0), backbone()
