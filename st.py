@@ -451,7 +451,7 @@ def unlabelled_paths(flags, human, held, rest, val, log):
     """Paths of the unlabelled images (n,): --unlabeled, else the embedded world's own for segmentation, else the training images
     whose labels are not used, else the embedded world's own. Labelled and validation images among them are left out."""
     if flags.unlabeled:
-        paths = given_images(flags)
+        paths = given_images(flags, flags.task)
     elif flags.data == "shapes" and flags.task == "seg":  # where few images have labels to begin with
         paths = voc.images_of(segment.locate(flags), "aug")
     elif len(rest):
@@ -479,12 +479,13 @@ def joint_root(flags):
     return classify.locate(replace(flags, data="shapes", root=flags.root if flags.data == "shapes" else Config.root))
 
 
-def given_images(flags):
+def given_images(flags, task):
     """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
-    root = Path(flags.root) / ("" if flags.data == "voc" else "seg")
-    has_lists = flags.data == "voc" or (flags.data, flags.task) == ("shapes", "seg")
-    named = has_lists and voc.list_file(root, flags.unlabeled).exists()
-    return voc.images_of(root, flags.unlabeled) if named else data.list_images(flags.unlabeled)
+    if task == "seg" and flags.unlabeled.isidentifier():  # else it cannot be a list's name, and the world need not be drawn
+        root = segment.locate(flags)
+        if voc.list_file(root, flags.unlabeled).exists():
+            return voc.images_of(root, flags.unlabeled)
+    return data.list_images(flags.unlabeled)
 
 
 def use_checkpoint(flags, run):
@@ -516,7 +517,7 @@ def use_checkpoint(flags, run):
     if flags.out == Config.out or (out / "config.json").exists():
         raise UserError(f"--mode pseudo needs an --out of its own; {out} is for training runs")
     util.rank0_first(lambda: runs.claim(out))
-    log, paths = util.Log(out / "log.jsonl", run[0]), given_images(flags)
+    log, paths = util.Log(out / "log.jsonl", run[0]), given_images(flags, c["task"])
     c["threshold"] = threshold
     deps = label_deps(c, {"teacher": runs.digest_weights(state["model"]),
                           "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}, run)

@@ -1,16 +1,17 @@
 """Do the findings of Zoph et al. 2020, "Rethinking Pre-training and Self-training", hold? Its tables, as grids of st.py runs.
+And those of Reed et al. 2022 (HPT), as grids of hpt.py runs. What is run stands in studies.py, as literal tables.
 
     python study.py table3 --seeds 3                        labels x initialisation x self-training on the embedded world
     python study.py table2 --seeds 3 --task seg --only S1   the others: table4 table7 pascal alpha threshold student-init regime
     python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
     python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet -- --backbone resnet18 --image-size 256
+    python study.py hpt-linear --seeds 3                    HPT: also hpt-semi hpt-chain hpt-augment hpt-fraction
     python study.py findings                                verdicts on the findings from the results of the studies
 
 A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
 pseudo-labels) or student. Cells share runs, runs share finished stages, and the same command resumes where it stopped:
 runs in OUT/RUN/seedN with their run.log, tables in results/NAME.json, .md and .svg. Flags after -- go to every run of st.py,
 those of the network and the machine to pre-training as well.
-SimCLR's cells take weights (--init simclr=simclr:FILE): nothing here trains them yet.
 """
 import argparse
 import contextlib
@@ -34,117 +35,24 @@ import torch
 
 import backbones
 import data
+import hpt
 import recipes
 import runs
+import studies
 import tables
 import util
 import world
 from util import UserError
 
-PROGRAM = [sys.executable, str(Path(__file__).with_name("st.py"))]
+PROGRAMS = {name: [sys.executable, str(Path(__file__).with_name(f"{name}.py"))] for name in ("st", "hpt")}
 POLL = 0.2  # seconds between looks at the runs
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
-METRIC = {"det": "AP", "seg": "mIoU"}
+METRIC = {"det": "AP", "seg": "mIoU", "hpt": "accuracy"}
 
-# ---- what is run -------------------------------------------------------------------------------------------------
-
-# The flags of every run, by world and task (cls is the pre-training). Those of shapes, seg, with the world's 300 labelled images,
-# were settled on one seed by one criterion, that labels limit supervised training and steps do not, and frozen before any study
-# was run. Under S1, 1,500 steps do: mIoU 26, 52 from 20, 100 images, and less than 2 more after the control's further 800. Under
-# S4 even 3,000 do not (42, 68; 44, 70 after 800 more; 46, 72 after 2,000), so the paper's studies under S4 are done under S1
-# here. One scale: the paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it on a CPU.
-SETTINGS = {
-    ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",
-    ("shapes", "seg"): "--student-steps 800 --scales 1 --eval-every 300",
-    ("shapes", "cls"): "--image-size 64 --steps 1500 --student-steps 1500 --eval-every 500",
-    ("coco", "det"): "--recipe coco-b7 --eval-every 6000",
-    ("voc", "seg"): "--recipe pascal-b7 --eval-every 2000",
-    "yours": "--eval-every 200",
-}
-# Weak augmentation needs fewer steps (45k and 120k in the paper: recalled); aug: the one of the tables with a single one.
-AUG = {("shapes", "seg"): {"s1": "--aug s1 --steps 1500", "s2": "--aug s2 --steps 1500", "s3": "--aug s3 --steps 3000",
-                           "s4": "--aug s4 --steps 3000", "aug": "--aug s1 --steps 1500"}}
-# Where weights come from if --init does not name a file: our own pre-training on the world's single objects, with the same seed.
-# pre is the paper's ImageNet init; pre++ its ImageNet++ (Noisy Student): self-training for classification.
-PRETRAINING = {"pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {single} --student-init same")}
-
-
-def trio(name, flags, supervised=(), student=()):
-    """The three stages of a run as rows; the paper has no control."""
-    return {name: ("teacher", flags, supervised), f"{name}, longer": ("control", flags, ()),
-            f"{name}, self-trained": ("student", flags, student)}
-
-
-def gains(*names):
-    return [(f"{name}, self-trained", other) for name in names for other in (f"{name}, longer", name)]
-
-
-ST = "{pool} --control"
-FRACTIONS = {"20%": "--labeled 0.2 {aug}", "50%": "--labeled 0.5 {aug}", "100%": "--labeled 1 {aug}"}
-# title; columns {name: flags}; rows {name: (stage, flags, the paper's numbers)}; compare [(a, b)]: a - b, of rows or of columns.
-# {words} depend on the world, see words(). The paper's numbers are COCO AP (Tables 2, 3, 4, 7) and PASCAL mIoU (6, 8, 13 of v1).
-STUDIES = {
-    "table2": dict(
-        title="Augmentation x method with all labels (Table 2)",
-        columns={f"S{k}": f"--labeled 1 {{s{k}}}" for k in (1, 2, 3, 4)},
-        rows={**trio("random", ST, (39.2, 41.5, 43.9, 44.3), (40.9, 43.0, 45.4, 45.6)),
-              "pre-trained": ("teacher", "--mode train --init {pre}", (39.5, 40.7, 43.2, 43.3))},
-        compare=[*gains("random"), ("pre-trained", "random")]),
-    "table3": dict(
-        title="Labels x initialisation x self-training (Table 3)", columns=FRACTIONS,
-        rows={**trio("random", ST, (30.7, 39.6, 44.3), (34.1, 41.4, 45.6)),
-              **trio("pre-trained", ST + " --init {pre}", (33.3, 38.8, 43.3), (36.0, 40.5, 44.6)),
-              **trio("pre-trained++", ST + " --init {pre++}", (35.9, 39.9, 43.8), (37.2, 41.5, 44.6))},
-        compare=[*gains("random", "pre-trained", "pre-trained++"), ("pre-trained", "random"), ("pre-trained++", "random")]),
-    "table4": dict(
-        title="Self-supervised pre-training, all labels (Table 4; a ResNet there)", columns={"100%": FRACTIONS["100%"]},
-        rows={**trio("random", ST, (41.1,), (41.9,)), "pre-trained": ("teacher", "--mode train --init {pre}", (40.4,)),
-              "SimCLR": ("teacher", "--mode train --init {simclr}", (40.4,))},
-        compare=[*gains("random"), ("pre-trained", "random"), ("SimCLR", "random")]),
-    "table7": dict(
-        title="Joint training and self-training, 20% of the labels (Table 7)", columns={"20%": FRACTIONS["20%"]},
-        rows={**trio("random", ST, (30.7,), (34.1,)), **trio("random, joint", ST + " {joint}", (33.6,), (35.1,)),
-              **trio("pre-trained", ST + " --init {pre}", (33.3,), (36.0,)),
-              **trio("pre-trained, joint", ST + " {joint} --init {pre}", (34.0,), (36.6,))},
-        compare=[*gains("random", "random, joint", "pre-trained", "pre-trained, joint"), ("pre-trained", "random"),
-                 *((f"{i}, joint{more}", f"{i}{more}") for i in ("random", "pre-trained") for more in ("", ", self-trained"))]),
-    "pascal": dict(  # the `aug` images: PASCAL's further ones with coarser labels; in other worlds the 80% not labelled
-        title="What to do with the aug images, and others to learn from (Tables 6, 8 and 13)",
-        columns={"S1": "{s1} --init {pre++}", "S4": "{s4} --init {pre++}"},
-        rows={**trio("train", "{few} {rest} --control", (83.9, 85.2), (85.6, 86.7)),
-              "train + aug labels": ("teacher", "{all} --mode train", (84.7, 84.8)),
-              "self-trained on single objects": ("student", "{few} {single}", (85.0, 86.0)),
-              "self-trained on other scenes": ("student", "{few} {scenes}", (85.3, 86.6))},
-        compare=[*gains("train"), ("train + aug labels", "train"), ("self-trained on single objects", "train, longer"),
-                 ("self-trained on other scenes", "train, longer")]),
-    "alpha": dict(
-        title="Weight of the pseudo-labels and loss normalisation, 20% of the labels (appendix B)",
-        columns={a: FRACTIONS["20%"] + f" --alpha {a}" for a in ("0.25", "0.5", "1", "2", "4")},
-        rows={"longer": ("control", ST, ()), "self-trained": ("student", ST, ()),
-              "self-trained, not normalised": ("student", ST + " --loss-norm off", ())},
-        compare=[("self-trained", "longer"), ("self-trained", "self-trained, not normalised")]),
-    "threshold": dict(
-        title="Threshold of the pseudo-labels, 20% of the labels",
-        columns={"the recipe's": FRACTIONS["20%"],
-                 **{t: FRACTIONS["20%"] + f" --threshold {t}" for t in ("0.3", "0.5", "0.7", "0.9")}},
-        rows=trio("random", ST), compare=gains("random")),
-    "student-init": dict(
-        title="Where the student starts, 20% of the labels",
-        columns={"from its teacher": FRACTIONS["20%"], "as its teacher": FRACTIONS["20%"] + " --student-init same"},
-        rows=trio("random", ST), compare=[*gains("random"), ("from its teacher", "as its teacher")]),
-    "regime": dict(
-        title="Do labels limit supervised training?", columns=FRACTIONS,
-        rows={"random": ("teacher", "--mode train", (30.7, 39.6, 44.3))}, compare=[("100%", "50%"), ("50%", "20%")]),
-    "yours": dict(
-        title="Pre-training and self-training on your data", columns={"your data": "--labeled {labeled}"},
-        rows={**trio("random", ST), **trio("pre-trained", ST + " --init {pre}")},
-        compare=[*gains("random", "pre-trained"), ("pre-trained", "random"),
-                 ("pre-trained, self-trained", "random, self-trained")]),
-}
-# Flags of st.py that pre-training shares with what starts from it; and those that are for studies alone to give.
+# Flags of st.py and hpt.py that pre-training shares with what starts from it; and those that are for studies alone to give.
 NETWORK = ("backbone", "norm", "device", "precision", "workers", "compile")
-OWN = ("task", "data", "root", "out", "seed", "recipe", "labeled", "split", "unlabeled", "joint", "init", "ckpt", "mode",
-       "control", "dry_run")
+OWN = ("program", "task", "data", "root", "out", "seed", "recipe", "labeled", "split", "unlabeled", "joint", "init", "ckpt",
+       "mode", "control", "dry_run", "stage", "eval")
 
 
 # ---- from a table to runs ----------------------------------------------------------------------------------------
@@ -155,14 +63,15 @@ class Missing(Exception):
 
 def words(o):
     """What the {words} of the tables mean with options o. What is missing here leaves its cells empty."""
-    given = dict(("pre=" + text if not re.match(r"(pre|pre\+\+|simclr)=", text) else text).split("=", 1) for text in o.init)
+    given = dict((("base=" if o.task == "hpt" else "pre=") + text if not re.match(r"(pre|pre\+\+|simclr|base|chain)=", text)
+                  else text).split("=", 1) for text in o.init)
     w = {"few": "--labeled 0.2", "all": "--labeled 1", "rest": "", "labeled": o.labeled}
     w.update({f"s{k}": f"--aug s{k}" for k in (1, 2, 3, 4)}, aug="--aug s4")
-    w.update(AUG.get((o.world, o.task), {}))
+    w.update(studies.AUG.get((o.world, o.task), {}))
     if o.world == "shapes":
         folder = {k: "--unlabeled " + shlex.quote(f"{o.root}/{k}") for k in ("unlabeled", "single/extra")}
         w.update(pool=folder["unlabeled"], scenes=folder["unlabeled"], single=folder["single/extra"], joint="--joint shapes")
-    if o.task == "seg" and o.world != "coco":
+    if o.task == "seg":
         w.update(few="--labeled 1", rest="--unlabeled aug", all="--labeled 1 --train-list trainaug", pool="--unlabeled aug")
     if o.name == "yours":
         w.update(pool="")
@@ -196,9 +105,9 @@ def unparse(flags):
 
 
 def source(value):
-    """The (run, stage) that a flag's "@NAME/STAGE" means; of any other value ("", "")."""
-    name, _, stage = value[1:].rpartition("/") if str(value).startswith("@") else ("", "", "")
-    return name, stage
+    """The (run, file or stage in it) that a flag's "@RUN/FILE" means; of any other value ("", "")."""
+    name, _, place = value[1:].partition("/") if str(value).startswith("@") else ("", "", "")
+    return name, place
 
 
 def basis(flags):
@@ -206,8 +115,8 @@ def basis(flags):
     weights it starts from as they are on disk."""
     row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
     init = Path(backbones.split_source(flags.get("init", "random"))[1])
-    init = (runs.checkpoints(init) or [init])[-1] if init.is_dir() else init
-    return runs.digest([row, world.VERSION if flags["data"] == "shapes" else 0,
+    init = runs.newest(init)[0] or init if init.is_dir() else init
+    return runs.digest([row, world.VERSION if flags.get("data", "shapes") == "shapes" else 0,
                         file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
 
 
@@ -219,7 +128,7 @@ def file_digest(path, _):
 def run_name(start, flags, frozen):
     """A folder's name: what is not frozen, to read, and a hash of all it depends on, to be sure."""
     shown = [k + ("" if v is True else "-" + (source(v)[0].split("_")[0] or Path(v).name))
-             for k, v in flags.items() if frozen.get(k) != v]
+             for k, v in flags.items() if frozen.get(k) != v and k not in ("program", "eval")]
     return re.sub(r"[^\w.+-]", "", "_".join([start, *shown])[:100]) + "_" + runs.digest([flags, basis(flags)])[:8]
 
 
@@ -230,16 +139,21 @@ def plan(study, o):
     """
     word, cells, found, theirs = words(o), [], {}, parse(shlex.join(o.flags))
 
-    def add(text, task, data, start):
-        frozen = SETTINGS[o.name if o.name == "yours" else (data, task)]
-        common = f"--task {task} --data {data} --root {shlex.quote(o.root)} {frozen}"
-        if task == o.task:
+    def add(text, task, world_, start):
+        root, task = f"--root {shlex.quote(o.root)}", "hpt" if "program" in parse(text) else task
+        mine = task == o.task
+        if task == "hpt":
+            common, known = f"{root} {studies.SETTINGS['hpt'] if mine else ''}", hpt.Config.__dataclass_fields__
+        else:
+            frozen = studies.SETTINGS[o.name if o.name == "yours" else (world_, task)]
+            common, known = f"--task {task} --data {world_} {root} {frozen}", recipes.Config.__dataclass_fields__
+        if mine:
             common += f" {'--recipe ' + o.recipe if o.recipe else ''} {shlex.join(o.flags)}"
             if both := parse(text).keys() & theirs.keys():
                 raise UserError(f"--{min(both).replace('_', '-')} after -- is what {o.name} varies; leave it out")
         else:  # pre-training, of the same network
             network = {"backbone": recipes.RECIPES[o.recipe]["backbone"]} if o.recipe else {}
-            common += " " + shlex.join(unparse({**network, **{k: v for k, v in theirs.items() if k in NETWORK}}))
+            common += " " + shlex.join(unparse({k: v for k, v in {**network, **theirs}.items() if k in NETWORK and k in known}))
         row = recipes.RECIPES.get(parse(common).get("recipe") or recipes.TASKS.get(task), {})
         flags = parse(f"{common} {text}", row)
         name = run_name(start, flags, parse(common, row))
@@ -248,9 +162,9 @@ def plan(study, o):
 
     def fill(text):
         for name in re.findall(r"{(.*?)}", text):
-            if name not in word and name in PRETRAINING and o.world == "shapes":
-                stage, flags = PRETRAINING[name]
-                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{stage}"
+            if name not in word and name in studies.PRETRAINING and o.world == "shapes":
+                place, flags = studies.PRETRAINING[name]
+                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{place}"
             if name not in word:
                 how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint DIR",
                        "pre": "weights: --init FILE"}
@@ -261,7 +175,7 @@ def plan(study, o):
         for k, (column, more) in enumerate(study["columns"].items()):
             cell = {"row": row, "column": column, "stage": stage, "paper": numbers[k] if numbers else None}
             try:
-                cell["run"] = add(fill(f"{flags} {more}"), o.task, o.world, f"{o.task}-{o.world}")
+                cell["run"] = add(fill(f"{flags} {more}".replace("{column}", column)), o.task, o.world, f"{o.task}-{o.world}")
             except Missing as error:
                 cell["empty"] = str(error)
             cells.append(cell)
@@ -279,6 +193,8 @@ FREE = {"teacher": (*LATER, "unlabeled", "threshold", "flip", "soft", "scales"),
 
 def stage_key(flags, stage):
     """Runs that agree in this have that stage in common, for the same seed."""
+    if "program" in flags:
+        return runs.digest(flags)
     free = {*FREE[stage], *["threshold"] * (stage == "pseudo" and flags["task"] != "seg")}
     free -= {"loss_norm"} if "joint" in flags else set()  # which classification has as well
     kept = {k: v for k, v in flags.items() if k not in free}
@@ -302,7 +218,7 @@ def adopt(out, folder):
     mine = tables.read_json(folder / "run.json")
     for stale in folder.glob(".adopt-*"):  # of a study killed in here
         shutil.rmtree(stale, ignore_errors=True)
-    for stage in FREE:
+    for stage in () if "program" in mine["flags"] else FREE:
         teacher = (tables.read_json(folder / "teacher/stage.json") or {}).get("result", {}).get("weights")
         for run in sorted(out.glob(f"*/{folder.name}")) if not (folder / stage).exists() else ():
             theirs, record = tables.read_json(run / "run.json"), tables.read_json(run / stage / "stage.json") or {}
@@ -349,10 +265,11 @@ def launch(out, name, seed, flags, slot, jobs):
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    command = [*PROGRAMS[given.pop("program", "st")], *unparse({**given, "precision": precision})]
     with open(folder / "run.log", "a") as log:
         start = log.tell()
         process = subprocess.Popen(
-            [*PROGRAM, *unparse({**given, "precision": precision}), "--seed", str(seed), "--out", str(folder)],
+            [*command, "--seed", str(seed), "--out", str(folder)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     return process, start
@@ -386,7 +303,7 @@ def execute(out, found, seeds, jobs):
     for name, seed in todo:
         first.setdefault((stage_key(found[name], "teacher"), seed), name)
     total, done, stop = len(todo), 0, []
-    print(f"{total} runs of st.py, {jobs} side by side, in {out}", flush=True)
+    print(f"{total} runs, {jobs} side by side, in {out}", flush=True)
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def say(run, text):
@@ -456,13 +373,13 @@ def arguments(argv):
     own, _, passed = "\0".join(argv).partition("\0--\0")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("name", choices=[*STUDIES, "findings"], metavar="NAME", help=", ".join([*STUDIES, "findings"]))
+    add("name", choices=[*studies.STUDIES, "findings"], metavar="NAME", help=", ".join([*studies.STUDIES, "findings"]))
     add("--seeds", type=int, default=3, help="runs of each cell, with seeds 0, 1, ... [3]")
-    add("--task", choices=METRIC, help="detection or segmentation [det; seg for voc]")
+    add("--task", choices=("det", "seg"), help="detection or segmentation [det; seg for voc]")
     add("--world", "--data", choices=("shapes", "coco", "voc"), default="shapes", help="data, as st.py's --data [shapes]")
     add("--root", default=recipes.Config.root, help="its folder, as st.py's --root")
     add("--unlabeled", default="", help="images for pseudo-labels, as st.py's --unlabeled")
-    add("--labeled", default="0.2", help="yours: fraction of the labels to use [0.2]")
+    add("--labeled", default="", help="yours: fraction of the labels to use [0.2]")
     add("--joint", default="", help="class folders (ImageNet) for joint training, as st.py's --joint")
     add("--init", nargs="+", default=[], metavar="[NAME=]WEIGHTS", help="for pre (where no name is given), pre++ and "
         "simclr, as st.py's --init; the embedded world's pre and pre++ are trained here otherwise")
@@ -472,25 +389,32 @@ def arguments(argv):
     add("--out", default="runs/study", help="folder of the runs [runs/study]")
     add("--results", default="results", help="folder of the tables [results]")
     o = parser.parse_args(own.split("\0") if own else [])
-    o.task, o.flags = o.task or ("seg" if o.world == "voc" else "det"), passed.split("\0") if passed else []
+    o.flags, ours = passed.split("\0") if passed else [], hpt if o.name.startswith("hpt-") else recipes
+    if ours is hpt and (o.task or o.world != "shapes"):
+        raise UserError(f"{o.name} runs hpt.py on the embedded domains; leave out --task and --world, or run hpt.py itself")
+    o.task = "hpt" if ours is hpt else o.task or ("seg" if o.world == "voc" else "det")
     o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
     o.results, o.out = Path(o.results), Path(o.out)
-    study, after = STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
+    study, after = studies.STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
     for wrong, line in (
             (o.seeds < 1 or o.jobs < 1, f"--seeds {o.seeds} and --jobs {o.jobs} must be 1 or more"),
-            (o.recipe and o.recipe not in recipes.RECIPES,
-             f"--recipe {o.recipe} does not exist; there are {', '.join(recipes.RECIPES)}"),
+            (o.recipe and o.recipe not in ours.RECIPES,
+             f"--recipe {o.recipe} does not exist; there are {', '.join(ours.RECIPES)}"),
+            (o.labeled and o.name != "yours", f"--labeled is for yours; {o.name} says itself how many labels each cell has"),
             (o.name == "yours" and o.world == "shapes", "yours is for your own images: give --data coco or voc and --root DIR"),
             (not all(text.rpartition("=")[2] for text in o.init), f"--init {' '.join(o.init)} lacks weights: NAME=FILE"),
-            (ours := [k for k in after if k in OWN],
-             f"{' '.join(unparse(dict.fromkeys(ours, True)))} after --: the study sets that, or its own flag before the -- does"),
-            (odd := [k for k in after if k not in recipes.Config.__dataclass_fields__ or not after[k]],
-             f"-- {shlex.join(o.flags)}: st.py has no flag --{''.join(odd[:1]).replace('_', '-')}, or it lacks its value"),
+            (own := [k for k in after if k in OWN],
+             f"{' '.join(unparse(dict.fromkeys(own, True)))} after --: the study sets that, or its own flag before the -- does"),
+            (odd := [k for k in after if k not in ours.Config.__dataclass_fields__ or not after[k]],
+             f"-- {shlex.join(o.flags)}: {'hpt' if ours is hpt else 'st'}.py has no flag --{''.join(odd[:1]).replace('_', '-')}, "
+             "or it lacks its value"),
             (set(o.only) - {*study["rows"], *study["columns"]},
              f"--only {' '.join(o.only)}: {o.name} has only {'; '.join([*study['rows'], *study['columns']])}")):
         if wrong:
             raise UserError(line)
-    recipes.check_data(o.world, o.task)
+    o.labeled = o.labeled or "0.2"
+    if ours is recipes:
+        recipes.check_data(o.world, o.task)
     return o
 
 
@@ -502,7 +426,11 @@ def make(folder, flag):
 
 
 def check(flags):
-    """UserError for what st.py would refuse, hours later if that run starts late."""
+    """UserError for what the run would refuse, hours later if it starts late."""
+    if "program" in flags:
+        argv = unparse({k: v for k, v in flags.items() if k != "program"})
+        hpt.settings(util.parse_flags(hpt.Config, "", hpt.HELP, argv), 1)
+        return
     ours = source(flags.get("init"))[0]  # another run has yet to make these weights
     argv = unparse({**flags, "init": "imagenet"} if ours else flags)
     c = recipes.settings(util.parse_flags(recipes.Config, "", recipes.HELP, argv), 1)
@@ -516,8 +444,9 @@ def check(flags):
 def draw(o, planned):
     """Draws what these runs read of the embedded world, once, before several look for it."""
     own, root = o.world == "shapes", o.root if o.world == "shapes" else recipes.Config.root
-    for part, task in (("det", "det"), ("seg", "seg"), ("single", "cls"), ("unlabeled", "")):
-        if any(own and (flags["task"] == task or f"{flags.get('unlabeled')}/".startswith(f"{root}/{part}/"))
+    for part, task in (("det", "det"), ("seg", "seg"), ("single", "cls"), ("unlabeled", ""), *((d, "") for d in world.DOMAINS)):
+        if any(own and (flags.get("task") == task or f"{flags.get('stage')}:".startswith(f"{part}:")
+                        or f"{flags.get('unlabeled')}/".startswith(f"{root}/{part}/"))
                or part == "single" and flags.get("joint") == "shapes" for flags in planned):
             data.embedded(root, part)
 
@@ -537,7 +466,7 @@ def main(argv=None):
     if other := [k for k in what if old.get(k) != what[k]]:
         raise UserError(f"{target} is of " + ", ".join(f"{k} '{old.get(k)}'" for k in other) + "; give another --results for "
                         + ", ".join(f"'{what[k]}'" for k in other))
-    study = STUDIES[o.name]
+    study = studies.STUDIES[o.name]
     cells, found = plan(study, o)
     rows, columns = (set(o.only) & set(study[k]) or set(study[k]) for k in ("rows", "columns"))
     chosen = [c["run"] for c in cells if "run" in c and c["row"] in rows and c["column"] in columns]
@@ -547,6 +476,12 @@ def main(argv=None):
               if not all((o.out / name / f"seed{s}/results.json").exists() for s in range(o.seeds))]
     for flags in before:
         check(flags)
+    for c in cells:  # a smaller command, or one whose runs lie elsewhere, must not empty a table
+        has = o.seeds if c.get("run") in started else sum(
+            (o.out / c.get("run", "") / f"seed{s}/results.json").exists() for s in range(o.seeds))
+        if had := [k for k in old.get("cells", ()) if (k["row"], k["column"]) == (c["row"], c["column"]) and k["n"] > has]:
+            raise UserError(f"{target} has {had[0]['n']} seeds of {c['row']}, {c['column']}, and this command would leave {has}; "
+                            "give another --results, or --seeds, --only and --out as before")
     make(o.out, "--out")
     draw(o, before)
     wall, began = o.out / f"{o.name}-{o.task}-{o.world}.wall.json", time.time()

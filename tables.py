@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+import studies
+
 
 def read_json(path):
     """None if there is none, or half of one."""
@@ -126,7 +128,8 @@ def markdown(r):
     cells = {(c["row"], c["column"]): c for c in r["cells"]}
 
     def text(c):
-        curve = "still rising" if c["rising"] else "convergence unknown" if c["n"] and c["rising"] is None else ""
+        unknown = c["n"] and c["rising"] is None and r["task"] != "hpt"
+        curve = "still rising" if c["rising"] else "convergence unknown" if unknown else ""
         ours = (f"{c['mean']:.1f}" + (f" ± {c['sd']:.1f}" if c["n"] > 1 else "") + f" ({c['n']})") if c["n"] else ""
         return ", ".join(filter(None, [ours, curve, f"paper {c['paper']}" if c["paper"] else ""]))
     lines = [f"# {r['title']}", "",
@@ -135,7 +138,10 @@ def markdown(r):
              "| |" + "".join(f" {c} |" for c in r["columns"]), "|" + "---|" * (len(r["columns"]) + 1)]
     lines += [f"| {row} |" + "".join(f" {text(cells[row, c])} |" for c in r["columns"]) for row in r["rows"]]
     lines += ["", "longer: the control, trained on labels alone for as many steps, and images a step, as the student. still "
-              "rising: gained more than a point in the last fifth of its steps, so it was cut short."]
+              "rising: gained more than a point in the last fifth of its steps, so it was cut short."] * (r["task"] != "hpt")
+    flags = [r["runs"][name].split(" --") for name in dict.fromkeys(c["run"] for c in r["cells"] if c.get("run") in r["runs"])]
+    if shared := [f for f in (flags or [[]])[0] if all(f in other for other in flags)]:
+        lines += ["", f"Flags that every cell has (all flags: see the .json): `{' --'.join(shared)}`"]
     if r["differences"]:
         lines += ["", "| difference, paired by seed | at | mean (95% interval) | seeds |", "|---|---|---|---|"]
         lines += [f"| {d['what']} | {d['at']} | {signed(d)} | {d['n']} |" for d in r["differences"]]
@@ -205,28 +211,6 @@ def helped(r):
 
 # ---- findings ----------------------------------------------------------------------------------------------------
 
-# What the paper found, as contrasts of cells that are to be above 0: (study, added cells, cells taken away).
-FRACTIONS, INITS = ("20%", "50%", "100%"), ("random", "pre-trained")
-FINDINGS = {
-    "0": ("More labels help supervised training, which has converged: labels are what limits it",
-          [("regime", [("random", a)], [("random", b)]) for a, b in (("100%", "50%"), ("50%", "20%"))]),
-    "a": ("A student beats a control trained as long, with 20, 50 and 100% of the labels",
-          [("table3", [("random, self-trained", c)], [("random, longer", c)]) for c in FRACTIONS]),
-    "b": ("It does so under every augmentation",
-          [("table2", [("random, self-trained", c)], [("random, longer", c)]) for c in ("S1", "S2", "S3", "S4")]),
-    "c": ("The gain of pre-training shrinks as augmentation and labels grow",
-          [("table2", [("pre-trained", "S1"), ("random", "S4")], [("random", "S1"), ("pre-trained", "S4")]),
-           ("table3", [("pre-trained", "20%"), ("random", "100%")], [("random", "20%"), ("pre-trained", "100%")])]),
-    "d": ("Self-training adds to pre-training",
-          [("table3", [("pre-trained, self-trained", c)], [("pre-trained, longer", c)]) for c in FRACTIONS]),
-    "e": ("Joint training and self-training together are best",
-          [("table7", [(f"{i}, joint, self-trained", "20%")], [(i + other, "20%")])
-           for i in INITS for other in (", longer", ", self-trained", ", joint, longer")]),
-    "f": ("Loss normalisation makes alpha matter less: scores spread less over the alphas",
-          [("alpha", [("self-trained, not normalised", "*")], [("self-trained", "*")])]),
-}
-
-
 def verdict(d):
     """Whether a difference is above 0, from its 95% interval over three seeds or more."""
     if d is None:
@@ -238,18 +222,19 @@ def verdict(d):
 
 def findings(folder):
     """Verdicts from the studies' results in `folder` -> Markdown. A finding holds where all its contrasts do."""
-    names = {study for _, contrasts in FINDINGS.values() for study, *_ in contrasts}
+    names = {study for _, contrasts in studies.FINDINGS.values() for study, *_ in contrasts}
     results, notes = {n: r for n in sorted(names) if (r := read_json(Path(folder) / f"{n}.json"))}, []
     lines = ["# Do the paper's findings hold?", "", "From 95% intervals, in percent, paired by seed. holds: every one lies above "
              "0; does not hold: one lies below; unclear: neither, or fewer than three seeds.", "",
              "| finding | verdict | contrasts |", "|---|---|---|"]
-    for key, (sentence, contrasts) in FINDINGS.items():
+    for key, (sentence, contrasts) in studies.FINDINGS.items():
         verdicts, texts = [], []
         for study, plus, minus in contrasts:
             cells = results.get(study, {"cells": []})["cells"]
             values = contrast(cells, plus, minus)
             d = interval(values) if values else None
-            named = {(c["row"], c["column"]): c["rising"] for c in cells if (c["row"], c["column"]) in [*plus, *minus]}
+            named = {(c["row"], c["column"]): c["rising"] for c in cells
+                     if {(c["row"], c["column"]), (c["row"], "*")} & {*plus, *minus}}
             rising, unknown = ([" ".join(cell) for cell, r in named.items() if r is value] for value in (True, None))
             # (0) claims convergence; elsewhere it is a remark
             verdicts.append("unclear" if (rising or unknown) and key == "0" and verdict(d) == "holds" else verdict(d))

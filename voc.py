@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def read_soft(path, size):
     try:
         with np.load(path) as file:
             soft = file["soft"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise data.BadImage(f"{path}: {str(error) or type(error).__name__}")
     if soft.shape[1:] != size:
         raise data.BadImage(f"{path}: is of another size than its mask")

@@ -97,6 +97,10 @@ def test_the_embedded_worlds_lists_are_pools_by_name_and_by_default(tmp_path, mo
     for unlabeled in ("", "aug"):
         paths = st.unlabelled_paths(replace(flags, unlabeled=unlabeled), train, [], [], val, None)
         assert [os.path.basename(p) for p in paths.tolist()] == [b"aug_%05d.jpg" % i for i in range(6)]
+    pseudo = replace(flags, task="det", mode="pseudo", unlabeled="aug")  # the task is the checkpoint's
+    assert st.given_images(pseudo, "seg").tolist() == paths.tolist()
+    with pytest.raises(UserError, match="no image found at --unlabeled aug"):
+        st.given_images(pseudo, "det")
 
 
 def test_a_class_that_is_neither_there_nor_predicted_does_not_count():

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+import hpt
 import recipes
+import studies
 import study
 import tables
 import util
@@ -46,18 +48,25 @@ if os.environ.get("BUSY") and not Path("busy").exists():
 if os.environ.get("FAIL", "no such flag") in " ".join(args):
     sys.exit("progress 1\\rprogress 2\\nerror: the disk of this test is full")
 if "--init" in args and "/seed" in args[args.index("--init") + 1]:
-    assert (Path(args[args.index("--init") + 1]) / "stage.json").exists()
+    start = Path(args[args.index("--init") + 1])
+    assert start.is_file() if start.suffix else (start / "stage.json").exists()
 results, seed = {}, int(args[args.index("--seed") + 1])
 stages = ["teacher"] + ["pseudo", "student"] * ("train" not in args) + ["control"] * ("--control" in args)
+if "--stage" in args:  # hpt.py
+    source, _, mode = args[args.index("--stage") + 1].partition(":")
+    folder = out / f"1_{mode if mode == 'stats' else 'bn' if mode.endswith('bn') else 'all'}_{source}"
+    folder.mkdir(exist_ok=True)
+    (folder / "backbone.pt").touch()
+    stages = args[args.index("--eval") + 1].split(",") if "--eval" in args else []
 for stage in stages:
     path = out / stage / "stage.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         time.sleep(float(os.environ.get("SLOW", 0)))
         number = int(hashlib.sha256(f"{out.parent.name} {stage}".encode()).hexdigest()[:4], 16) % 100 / 1000 + 0.01 * seed
-        result = {"AP": number, "mIoU": number, "seconds": 36.0, "weights": f"{out} {stage}",
+        result = {"AP": number, "mIoU": number, "accuracy": number, "seconds": 36.0, "weights": f"{out} {stage}",
                   "curve": [[80, number - 0.02 * (stage == "student")], [100, number]]}
-        deps = {"teacher": results["teacher"]["weights"]} if stage != "teacher" else {}
+        deps = {"teacher": results["teacher"]["weights"]} if "teacher" in results else {}
         path.with_suffix(".tmp").write_text(json.dumps({"deps": deps, "result": result}))
         note("computed", out, stage)
         os.replace(path.with_suffix(".tmp"), path)
@@ -72,7 +81,7 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    monkeypatch.setattr(study, "PROGRAM", [sys.executable, "-IS", str(tmp_path / "stub.py")])
+    monkeypatch.setattr(study, "PROGRAMS", dict.fromkeys(study.PROGRAMS, [sys.executable, "-IS", str(tmp_path / "stub.py")]))
     monkeypatch.setattr(study, "POLL", 0.01)
     monkeypatch.setattr(study.world, "build", lambda *_: None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -134,9 +143,27 @@ def test_pre_training_comes_first_and_with_the_same_seed(stub):
     order = [w[1] for w in lines if w[0] == "started"]
     for w in lines:
         if "--init" in w:
-            start = w[w.index("--init") + 1]
-            assert start.rsplit("/", 1)[0] in order[:order.index(w[1])] and w[1].rsplit("/", 1)[1] in start
-    assert sum("--init" in w for w in lines) == 2
+            start = Path(w[w.index("--init") + 1])
+            folder, = ({str(p) for p in start.parents} & set(order[:order.index(w[1])]))
+            assert Path(folder).name == Path(w[1]).name  # the seed's
+    assert sum("--init" in w for w in lines) == 4
+
+
+def test_a_chain_of_hpt_is_shared_by_its_studies(stub, tmp_path):
+    for name in ("hpt-linear", "hpt-semi", "hpt-chain", "hpt-fraction"):
+        lines = stub(name, "--seeds", 1)
+    starts = {w[1]: w for w in lines if w[0] == "started"}
+    assert set(Counter(w[1] for w in lines if w[0] == "started").values()) == {1}
+    first = {w[w.index("--stage") + 1] for w in starts.values() if "--eval" not in w}
+    assert first == {"photo:1500", "strokes:400"}
+    last = [w for w in starts.values() if w[w.index("--stage") + 1] == "sketch:400:bn" and "--fraction" not in w]
+    assert {Path(w[w.index("--init") + 1]).parent.name for w in last} == {"1_all_photo", "1_all_strokes"} and len(last) == 2
+    cells = {n: json.loads((tmp_path / f"results/{n}.json").read_text())["cells"] for n in ("hpt-linear", "hpt-semi", "hpt-chain")}
+    assert all(c["n"] == 1 for some in cells.values() for c in some)
+    assert cells["hpt-linear"][0]["values"] != cells["hpt-semi"][0]["values"]
+    hpt_400, chain = ({c["column"]: c["values"] for c in cells[n] if c["row"] == row}
+                      for n, row in (("hpt-linear", "HPT, 400"), ("hpt-chain", "B+T")))
+    assert hpt_400 == chain and "rising" not in (tmp_path / "results/hpt-linear.md").read_text()
 
 
 def test_failures_are_named_and_everything_else_is_carried_on(stub, tmp_path, monkeypatch, capsys):
@@ -146,8 +173,8 @@ def test_failures_are_named_and_everything_else_is_carried_on(stub, tmp_path, mo
     said = capsys.readouterr().out
     assert "failed (1): error: the disk of this test is full" in said and "skipped: pre_" in said
     cells = {c["row"]: c for c in json.loads((tmp_path / "results/table4.json").read_text())["cells"]}
-    assert cells["random, self-trained"]["n"] == 1 and cells["pre-trained"]["n"] == 0
-    assert cells["SimCLR"]["empty"] == "needs weights: --init simclr=FILE" and cells["pre-trained"]["empty"] == "failed"
+    assert [cells[row]["n"] for row in ("random, self-trained", "SimCLR", "pre-trained")] == [1, 1, 0]
+    assert cells["pre-trained"]["empty"] == "failed"
     monkeypatch.delenv("FAIL")
     stub("table4", "--seeds", 1)  # the same command tries again
     assert json.loads((tmp_path / "results/table4.json").read_text())["cells"][3]["n"] == 1
@@ -182,12 +209,12 @@ def test_killed_at_any_moment_and_run_again_the_files_are_the_same(stub, tmp_pat
     said, some = tmp_path / "said", {}
     for moment in (2, 5, 9, 12):  # as many starts and ends of stages, over all attempts
         assert ended(fork(said, *args, KILL=str(moment))) == -signal.SIGKILL
-        assert len(some) <= len(computed(notes(tmp_path))) < 12
+        assert len(some) <= len(computed(notes(tmp_path))) < 14
         some = computed(notes(tmp_path))
     assert len(some) > 1
     assert ended(fork(said, *args)) == 0
     did = computed(notes(tmp_path))
-    assert len(did) == 12 and sum(did.values()) <= 12 + 4 * 2  # what the two runs at work had not yet kept at each kill
+    assert len(did) == 14 and sum(did.values()) <= 14 + 4 * 2  # what the two runs at work had not yet kept at each kill
     again = files(tmp_path / "killed-results", "table4")
     assert {k: t.replace("killed", "whole") for k, t in again.items()} == whole
     count = len(notes(tmp_path))
@@ -212,7 +239,7 @@ def test_two_studies_on_the_same_folder_share_the_work(stub, tmp_path):
     assert [ended(pid) for pid in both] == [0, 0]
     assert set(computed(notes(tmp_path)).values()) == {1}
     one, two = (json.loads((tmp_path / f"{name}-results/table4.json").read_text())["cells"] for name in ("one", "two"))
-    assert one == two and all(c["n"] == 2 for c in one if c["row"] != "SimCLR")
+    assert one == two and all(c["n"] == 2 for c in one)
 
 
 def test_a_run_in_other_hands_is_waited_for(stub, tmp_path):
@@ -280,7 +307,7 @@ def test_a_run_keeps_the_precision_it_began_with_and_adopts_no_other(stub, tmp_p
 
 def test_pseudo_labels_and_control_are_adopted_with_their_own_teacher_only(stub, tmp_path):
     stub("student-init", "--seeds", 1, "--only", "from its teacher")
-    _, found = study.plan(study.STUDIES["alpha"], study.arguments(["alpha"]))
+    _, found = study.plan(studies.STUDIES["alpha"], study.arguments(["alpha"]))
     own, adopting = (f"runs/study/{next(n for n, f in found.items() if f.get('alpha') == a)}/seed0" for a in ("2", "4"))
     (tmp_path / own / "teacher").mkdir(parents=True)
     (tmp_path / own / "teacher/stage.json").write_text(json.dumps({"deps": {}, "result": {"AP": 0.5, "weights": "other"}}))
@@ -339,6 +366,17 @@ def test_results_of_something_else_are_not_overwritten(stub, tmp_path, other):
     assert walls == {f"regime-{task}-shapes.wall.json" for task in ("det", *["seg"] * ("seg" in other))}
 
 
+def test_a_smaller_command_does_not_empty_a_table(stub, tmp_path):
+    stub("regime", "--seeds", 3)
+    before = files(tmp_path / "results", "regime")
+    with pytest.raises(util.UserError, match="results/regime.json has 3 seeds of random, 20%, and this command would leave 1"):
+        stub("regime", "--seeds", 1)
+    with pytest.raises(util.UserError, match="3 seeds of random, 50%, and this command would leave 0"):
+        stub("regime", "--seeds", 3, "--only", "20%", "--out", "elsewhere")
+    stub("regime", "--seeds", 3, "--only", "20%")  # the others lie where they did
+    assert files(tmp_path / "results", "regime")[".svg"] == before[".svg"]
+
+
 def test_folders_that_cannot_be_made_are_one_line(stub, tmp_path):
     (tmp_path / "file").write_text("")
     for flag, folder in (("--out", "file/runs"), ("--results", "file")):
@@ -363,14 +401,14 @@ def test_weights_that_are_not_there_are_named_before_anything_starts(stub, tmp_p
 
 # ---- flags -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.parametrize("name", [n for n in studies.STUDIES if not n.startswith("hpt-")])
 @pytest.mark.parametrize("world_, task", [("shapes", "det"), ("shapes", "seg"), ("coco", "det"), ("voc", "seg")])
 def test_st_accepts_the_flags_of_every_study(name, world_, task):
     if name == "yours" and world_ == "shapes":
         return
     o = study.arguments([name, "--world", world_, "--task", task, "--root", "a folder", "--unlabeled", "others", "--joint",
                          "single", "--init", "imagenet", "pre++=imagenet", "simclr=imagenet"])
-    cells, found = study.plan(study.STUDIES[name], o)
+    cells, found = study.plan(studies.STUDIES[name], o)
     assert found and all("run" in c for c in cells)
     for flags in found.values():
         argv = [w for k, v in flags.items() for w in ["--" + k.replace("_", "-")] + ([] if v is True else [v])]
@@ -378,13 +416,25 @@ def test_st_accepts_the_flags_of_every_study(name, world_, task):
         assert recipes.settings(parsed, 1)["aug"] in ("s1", "s2", "s3", "s4") and parsed.root == "a folder"
 
 
+@pytest.mark.parametrize("name", [n for n in studies.STUDIES if n.startswith("hpt-")] + ["table4"])
+def test_hpt_accepts_the_flags_of_every_study(name):
+    cells, found = planned(name, "--root", "a folder", "--", "--backbone", "resnet18")
+    some = [flags for flags in found.values() if "program" in flags]
+    assert some and all("run" in c for c in cells)
+    for flags in some:
+        argv = [w for k, v in flags.items() if k != "program" for w in ["--" + k] + ([] if v is True else [v])]
+        parsed = util.parse_flags(hpt.Config, "", hpt.HELP, argv)
+        source, *_ = hpt.parse(*parsed.stage)
+        assert hpt.settings(parsed, 1)["backbone"] == "resnet18" and parsed.root == "a folder" and source in hpt.EMBEDDED
+
+
 def test_a_cell_that_cannot_be_run_says_what_it_needs():
-    cells, _ = study.plan(study.STUDIES["table7"], study.arguments(["table7", "--world", "coco", "--root", "x"]))
+    cells, _ = study.plan(studies.STUDIES["table7"], study.arguments(["table7", "--world", "coco", "--root", "x"]))
     assert {c["empty"] for c in cells} >= {"needs --unlabeled"} and not any("run" in c for c in cells)
 
 
 def planned(*args):
-    return study.plan(study.STUDIES[args[0]], study.arguments([*args]))
+    return study.plan(studies.STUDIES[args[0]], study.arguments([*args]))
 
 
 def test_yours_without_weights_leaves_their_cells_empty():
@@ -399,7 +449,7 @@ def test_joint_training_on_the_embedded_world_brings_no_folder_of_single_objects
 
 def test_pre_training_has_the_network_and_the_machine_of_what_starts_from_it():
     _, found = planned("table4", "--recipe", "coco-r50", "--", "--norm", "gn", "--device", "cpu", "--batch", "4")
-    first, = (f for f in found.values() if f["task"] == "cls")
+    first, = (f for f in found.values() if f.get("task") == "cls")
     assert (first["backbone"], first["norm"], first["device"]) == ("resnet50", "gn", "cpu") and "batch" not in first
     _, found = planned("table4", "--recipe", "coco-r50", "--", "--backbone", "resnet18")
     assert {f["backbone"] for f in found.values()} == {"resnet18"}
@@ -420,6 +470,9 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path):
     (["table2", "--seeds", "0"], "must be 1 or more"), (["table2", "--world", "voc", "--task", "det"], "not for --task det"),
     (["table2", "--", "--labeled", "1"], "^--labeled after --"), (["table2", "--", "--root", "x"], "^--root after --"),
     (["table2", "--", "--stepz", "1"], "no flag --stepz"), (["table2", "--", "steps"], "no flag"),
+    (["regime", "--labeled", "0.1"], "^--labeled is for yours"),
+    (["hpt-linear", "--task", "seg"], "leave out --task"), (["hpt-linear", "--recipe", "coco-b7"], "--recipe coco-b7 does not"),
+    (["hpt-linear", "--", "--loss-norm", "off"], "hpt.py has no flag --loss-norm"),
     (["table2", "--", "--aug", "s1"], "^--aug after -- is what table2 varies"),
     (["alpha", "--", "--alpha", "1"], "^--alpha after -- is what alpha varies")])
 def test_wrong_arguments_end_in_one_line(args, line):
@@ -475,7 +528,7 @@ def test_pictures_are_well_formed_and_escape_names(stub, tmp_path):
     stub("table4", "--seeds", 1)
     r = json.loads((tmp_path / "results/table4.json").read_text())
     shown = sum(c["n"] > 0 for c in r["cells"])
-    assert shown == 4 and len(xml.dom.minidom.parseString(tables.svg(r)).getElementsByTagName("circle")) == shown + len(r["rows"])
+    assert shown == 5 and len(xml.dom.minidom.parseString(tables.svg(r)).getElementsByTagName("circle")) == shown + len(r["rows"])
     assert "still rising" in tables.markdown(r) and "paper 41.1" in tables.markdown(r)
     assert "convergence unknown" in tables.markdown({**r, "cells": [{**c, "rising": None} for c in r["cells"]]})
     r = {**r, "title": "a < b & c", "cells": [{**c, "n": 0} for c in r["cells"]]}
@@ -483,7 +536,7 @@ def test_pictures_are_well_formed_and_escape_names(stub, tmp_path):
 
 
 def test_every_row_of_a_table_has_a_colour_of_its_own():
-    assert max(len(s["rows"]) for s in study.STUDIES.values()) <= len(set(tables.COLOURS))
+    assert max(len(s["rows"]) for s in studies.STUDIES.values()) <= len(set(tables.COLOURS))
 
 
 # ---- findings ----------------------------------------------------------------------------------------------------
@@ -496,15 +549,14 @@ def test_verdicts_follow_the_intervals(tmp_path):
     def verdicts():
         lines = [line.split("|") for line in tables.findings(tmp_path).splitlines() if line.startswith("| (")]
         return {w[1].split()[0].strip("()"): w[2].strip(" *") for w in lines}
-    assert verdicts() == dict.fromkeys("0abcdef", "not run")
+    assert verdicts() == dict.fromkeys("0abcdefghij", "not run")
     regime = [cell("random", c, [v, v + 0.1, v - 0.1]) for c, v in (("20%", 10), ("50%", 20), ("100%", 30))]
     write("regime", regime)
     write("table3", [cell(r, c, [v, v + 1, v + 2]) for c in ("20%", "50%", "100%")
                      for r, v in (("random", 10), ("random, longer", 12), ("random, self-trained", 11))])
     write("alpha", [cell("self-trained", a, [10.0 + k, 10.1, 10.0]) for k, a in enumerate("124")]
           + [cell("self-trained, not normalised", a, [10.0 + 5 * k, 10.1 + 3 * k, 10 + 4 * k]) for k, a in enumerate("124")])
-    assert verdicts() == {"0": "holds", "a": "does not hold", "b": "not run", "c": "not run", "d": "not run", "e": "not run",
-                          "f": "holds"}
+    assert verdicts() == {**dict.fromkeys("bcdeghij", "not run"), "0": "holds", "a": "does not hold", "f": "holds"}
     write("regime", [{**c, "rising": c["column"] == "100%"} for c in regime])
     assert verdicts()["0"] == "unclear" and "still rising: random 100%" in tables.findings(tmp_path)
     write("regime", [{**c, "rising": None} for c in regime])
@@ -514,9 +566,9 @@ def test_verdicts_follow_the_intervals(tmp_path):
 
 
 def test_findings_name_only_cells_that_the_studies_have():
-    for _, contrasts in tables.FINDINGS.values():
+    for _, contrasts in studies.FINDINGS.values():
         for name, plus, minus in contrasts:
-            assert all(row in study.STUDIES[name]["rows"] and column in {*study.STUDIES[name]["columns"], "*"}
+            assert all(row in studies.STUDIES[name]["rows"] and column in {*studies.STUDIES[name]["columns"], "*"}
                        for row, column in [*plus, *minus])
 
 
@@ -524,7 +576,7 @@ def test_findings_name_only_cells_that_the_studies_have():
 
 @pytest.mark.slow
 def test_a_study_of_the_real_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "SETTINGS", {("voc", "seg"): "--eval-every 2"})
+    monkeypatch.setattr(studies, "SETTINGS", {("voc", "seg"): "--eval-every 2"})
     root = world.build(tmp_path, "seg", {"train": 10, "aug": 4, "val": 2})
     command = ["student-init", "--world", "voc", "--root", str(root), "--unlabeled", str(root / "JPEGImages"), "--seeds", "1",
                "--recipe", "seg-fine", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--jobs", "1",
