@@ -82,7 +82,8 @@ def _on_device(pixels, device):  # made once: creating a tensor on a GPU from nu
 
 class Crops(torch.utils.data.Dataset):
     """Images of a set (paths (n,), labels (n,) or (n, K)). A key is an index: the centre of the image (7/8 of its shorter side:
-    224 of 256), label -1 if it cannot be read; or (step, slot, index): a random crop, mirrored or not -> (S, S, 3) uint8, label, reasons."""
+    224 of 256), label -1 if it cannot be read; or (step, slot, index): a random crop, mirrored or not -> (S, S, 3) uint8, label,
+    reasons."""
 
     def __init__(self, images, size, seed):
         (self.paths, self.labels), self.size, self.seed = images, size, seed
