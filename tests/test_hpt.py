@@ -199,10 +199,10 @@ def test_two_processes_compute_the_step_of_one(tmp_path):
     assert torch.allclose(one["model"]["queue"], net.queue, atol=1e-5)
     assert torch.allclose((one["values"] + other["values"]) / 2, values, atol=1e-5)
 
-    net, two = moco(groups=4), [torch.load(tmp_path / f"four{r}.pt", weights_only=True) for r in (0, 1)]
+    four, two = moco(groups=4), [torch.load(tmp_path / f"four{r}.pt", weights_only=True) for r in (0, 1)]
     for step in range(3):
-        net(views(), step)
-    for name, buffer in net.query.named_buffers():  # the same sums in another order
+        four(views(), step)
+    for name, buffer in four.query.named_buffers():  # the same sums in another order
         if "running" in name:
             assert torch.allclose(buffer, (two[0][name] + two[1][name]) / 2, rtol=1e-4, atol=1e-5), name
 
