@@ -158,7 +158,7 @@ def load_csv(root, seed):
              if part == "val" or os.path.exists(os.path.join(root, "test.csv"))}
     parts = "chosen on val.csv, reported on test.csv"
     if "test" not in split:
-        order = hashed_order([os.path.relpath(p, os.fsencode(root)) for p in train[0].tolist()], seed)
+        order = hashed_order(below(train[0]), seed)
         held, kept = (np.sort(rows) for rows in np.split(np.array(order), [max(1, round(0.1 * len(order)))]))
         split, parts = {"val": [v[held] for v in train], "test": split["val"]}, "chosen on a tenth of train.csv, held out of " \
             "training, reported on val.csv"
@@ -218,16 +218,22 @@ def hashed_order(files, seed):
     return sorted(range(len(files)), key=lambda i: hashlib.sha256(b"%d/" % seed + bytes(files[i])).digest())
 
 
+def below(paths):
+    """Their names below the folder that holds them all, wherever that is."""
+    start = len(os.path.commonpath(paths.tolist())) + 1
+    return [p[start:] for p in paths.tolist()]
+
+
 def fraction_of(paths, fraction, least, seed):
     """A random part of the paths, at least so many, in their order; those of a smaller fraction are among those of a larger."""
-    order = hashed_order([b"/".join(p.split(b"/")[-2:]) for p in paths.tolist()], seed)
+    order = hashed_order(below(paths), seed)
     return paths[sorted(order[:max(least, round(fraction * len(paths)))])]
 
 
 def few_labels(images, count, seed):
     """`count` of the images, at random, with one or more of every class; those of a smaller count are among those of a larger."""
     paths, labels = images
-    order = hashed_order([b"/".join(p.split(b"/")[-2:]) for p in paths.tolist()], seed)
+    order = hashed_order(below(paths), seed)
     own = labels[order]
     at = np.unique(own, return_index=True)[1] if own.ndim == 1 else own.argmax(0)[own.any(0)]  # where each class comes first
     first = dict.fromkeys(order[k] for k in at.tolist())

@@ -264,6 +264,8 @@ def test_a_fraction_is_nested_named_and_never_less_than_a_batch(images, tmp_path
     some = [probe.fraction_of(paths, f, 2, 0).tolist() for f in (0.01, 0.3, 0.7, 1)]
     assert [len(s) for s in some] == [2, 8, 19, 27] and all(set(a) < set(b) for a, b in zip(some, some[1:]))
     assert some[3] == paths.tolist() and some[1] == sorted(some[1]) != probe.fraction_of(paths, 0.3, 2, 1).tolist()
+    alike = np.array([b"/a/patient%03d/study/view.png" % i for i in range(100)])
+    assert probe.fraction_of(alike, 0.1, 1, 0).tolist() != alike[:10].tolist()
     main("--stage", f"{images}:2", "--fraction", "0.01", "--out", tmp_path / "run")
     record = json.loads((tmp_path / "run/1_all_colours/stage.json").read_text())
     assert record["result"]["images"] == 8 and record["deps"]["fraction"] == 0.01

@@ -30,7 +30,8 @@ def backbone():
     return backbones.build("resnet10")
 
 
-@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True, "probe_steps": 20}), ("knn", {}), ("finetune", {})])
+@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True, "probe_steps": 20}), ("knn", {}),
+                                        ("finetune", {})])
 def test_what_is_separable_is_separated(colours, tmp_path, name, more):
     net, sets = backbone(), probe.load(str(colours), 0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -42,7 +43,8 @@ def test_what_is_separable_is_separated(colours, tmp_path, name, more):
 
 def test_fine_tuning_is_tried_for_steps_and_for_epochs(colours, tmp_path):
     """Twelve labels in batches of 16: five epochs are four steps."""
-    result = probe.finetune(backbone(), probe.load(str(colours), 0), PLAIN, {**C, "tune_steps": 2, "tune_epochs": 5}, CPU, QUIET)
+    sets = probe.load(str(colours), 0)
+    result = probe.finetune(backbone(), sets, PLAIN, {**C, "tune_steps": 2, "tune_epochs": 5}, CPU, QUIET)
     assert [row[:2] for row in result["grid"]] == [[lr, steps] for lr in probe.TUNE_LRS for steps in (2, 4)]
     assert result["validation"] == max(row[2] for row in result["grid"]) and [result["lr"], result["steps"]] in [
         row[:2] for row in result["grid"] if row[2] == result["validation"]]
@@ -165,7 +167,8 @@ def lists(root, tmp_path, test=True):
     folder, rng = shutil.copytree(root, tmp_path / "lists"), np.random.default_rng(0)
     marks = {"red": ("1", "1.0"), "green": ("", "1"), "blue": ("-1", "U")}
     for part in ("train", "val", "test")[:2 + test]:
-        rows = [f"{p.relative_to(folder)},{','.join(marks[p.parent.name])},0" for p in sorted((folder / part).rglob("*.png"))]
+        files = sorted((folder / part).rglob("*.png"))
+        rows = [f"{p.relative_to(folder)},{','.join(marks[p.parent.name])},0" for p in files]
         (folder / f"{part}.csv").write_text("\n".join(["path,red,warm,violet", *rng.permutation(rows)]))
     return folder
 
@@ -186,7 +189,8 @@ def test_several_classes_an_image_are_told_apart(colours, tmp_path, name, more):
 def test_lists_of_labels_hold_out_a_tenth_and_keep_what_is_reported_on_apart(colours, tmp_path):
     folder = lists(colours, tmp_path, test=False)
     sets = probe.load(str(folder), 0)
-    assert [len(sets[k][1]) for k in ("train", "val", "test")] == [32, 4, 12] and not set(sets["val"][0]) & set(sets["train"][0])
+    assert [len(sets[k][1]) for k in ("train", "val", "test")] == [32, 4, 12]
+    assert not set(sets["val"][0]) & set(sets["train"][0])
     of = lambda: {p.decode().split("/")[-3] for p in hpt.image_paths(str(folder), "").tolist()}
     assert of() == {"train"}
     shutil.copy(folder / "val.csv", folder / "test.csv")
@@ -194,15 +198,15 @@ def test_lists_of_labels_hold_out_a_tenth_and_keep_what_is_reported_on_apart(col
 
 
 @pytest.mark.parametrize("text, match", [
-    ("", "train.csv cannot be read as csv"), ("file,a\nx.png,1", "begins with file,a; it wants path"), ("path", "begins with path"),
-    ("path,a,a\nx.png,1,1", "begins with path,a,a"), ("path,a\nx.png,2", "line 2 .x.png.: it wants 1 values"),
+    ("", "train.csv cannot be read as csv"), ("file,a\nx.png,1", "begins with file,a; it wants path"),
+    ("path", "begins with path"), ("path,a,a\nx.png,1,1", "begins with path,a,a"), ("path,a\nx.png,2", "line 2 .x.png.: it wants 1 values"),
     ("path,a,b\nx.png,1", "it wants 2 values"), ("path,a\n../x.png,1", "leaves the image folder"),
     ("path,b\nx.png,1", "val.csv begins with path,red,warm,violet; it wants path,b"),
     ("path,red,warm,violet\nx.png,1,0,0", None)])
 def test_bad_lists_are_one_line(colours, tmp_path, text, match):
     folder = lists(colours, tmp_path, test=False)
     (folder / "train.csv").write_text(text)
-    if match is None:
+    if match is None:  # a validation part in which no class is told from its absence
         (folder / "val.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
         (folder / "test.csv").write_text("path,red,warm,violet")
         match = "no class with and without images in the val part, 1 images"
@@ -213,8 +217,8 @@ def test_bad_lists_are_one_line(colours, tmp_path, text, match):
 
 def test_neighbours_want_one_class_an_image(colours, tmp_path):
     with pytest.raises(UserError, match="--eval knn wants one class an image"):
-        hpt.main(["--stage", f"{colours}:9999", "--eval", "linear,knn", "--data", str(lists(colours, tmp_path)), "--device", "cpu",
-                  "--out", str(tmp_path / "run"), "--batch", "8"])
+        hpt.main(["--stage", f"{colours}:9999", "--eval", "linear,knn", "--data", str(lists(colours, tmp_path)), "--batch", "8",
+                  "--queue", "16", "--device", "cpu", "--out", str(tmp_path / "run")])
 
 
 def test_unreadable_images_are_not_scored(colours, tmp_path):
