@@ -401,12 +401,13 @@ def random_crop(image, size, scale, rng):
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + cw, y + ch))
 
 
-def view(image, size, crop, jitter, grey, blur, rng):
+def view(image, size, crop, jitter, grey, blur, rng, flip=0.5):
     """One view for contrastive learning (MoCo v2's list of operations, in its order).
     crop: range of area; jitter: largest change of brightness, contrast, saturation (as factors) and hue (of a full turn), in
-    random order, p = 0.8; grey: its probability; blur: range of the Gaussian's deviation in pixels, p = 0.5; flip, p = 0.5."""
+    random order, p = 0.8; grey, flip: probabilities; blur: range of the Gaussian's deviation in pixels, p = 0.5. jitter, blur: 0
+    for none."""
     image = random_crop(image, size, crop, rng)
-    if rng.random() < 0.8:
+    if jitter and rng.random() < 0.8:
         for k in rng.permutation(4):
             if k == 3:
                 turn = round(rng.uniform(-jitter[3], jitter[3]) * 255)
@@ -416,6 +417,6 @@ def view(image, size, crop, jitter, grey, blur, rng):
                 image = ENHANCE[k](image).enhance(rng.uniform(max(0, 1 - jitter[k]), 1 + jitter[k]))
     if rng.random() < grey:
         image = image.convert('L').convert('RGB')
-    if rng.random() < 0.5:
+    if blur and rng.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*blur)))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < flip else image

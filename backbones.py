@@ -438,9 +438,9 @@ def load_backbone(model, source):
         return f"{model.name}: random initialisation, nothing loaded"
     simclr, path = split_source(source)
     path = imagenet_file(model.name) if source == "imagenet" else path
-    found, config = read_file(path), {}
+    found, config, about = read_file(path), {}, {}  # config: of st.py's checkpoints; about: of hpt.py's backbones
     if isinstance(found, dict):
-        config = found.get("config")
+        config, about = (v if isinstance(v := found.get(k), dict) else {} for k in ("config", "about"))
         found = next((found[k] for k in ("model", "state_dict") if isinstance(found.get(k), dict)), found)
     if not (isinstance(found, dict) and found and
             all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())):
@@ -448,7 +448,7 @@ def load_backbone(model, source):
     if all(k.startswith("module.") for k in found):
         found = {k.removeprefix("module."): v for k, v in found.items()}
     kind, (_, table, left_out) = next(row for row in SOURCES.items() if any(re.match(row[1][0], k) for k in found))
-    saved_from = config.get("backbone", model.name) if isinstance(config, dict) and kind == "ours" else model.name
+    saved_from = (config if kind == "ours" else about).get("backbone", model.name)
     check_origin(model.name, saved_from, kind, simclr, path)
     state = {}
     for key, value in found.items():
@@ -462,7 +462,7 @@ def load_backbone(model, source):
         raise ValueError(f"'{path}' holds BatchNorm weights, which do not fit norm 'gn': build with norm 'bn' or 'frozen'")
     check_fit(model, state, path)
     note, eps = kind, EFFICIENTNET_EPS
-    if "efficientnet" in model.name and kind == "bare":
+    if "efficientnet" in model.name and kind == "bare" and not about:
         note = "bare; its padding and BN eps are taken to be this network's"
     elif "efficientnet" in model.name and kind in ("torchvision", "timm"):
         timm_eps = EFFICIENTNET_EPS if model.name.startswith("tf_") else TIMM_EPS

@@ -1,4 +1,4 @@
-"""Scores: COCO AP of a detector, precision and recall of its boxes, the pseudo-label threshold; IoU of a segmenter.
+"""Scores: COCO AP of a detector, precision and recall of its boxes, the pseudo-label threshold; IoU of a segmenter; AUROC.
 
 Every process detects on its share of the images; rank 0 scores with pycocotools (the reference implementation) and all
 ranks get the same numbers. AP is COCO's: mean over IoU 0.5:0.05:0.95 and classes, in 0..1, -1 where undefined.
@@ -98,12 +98,12 @@ def gathered(value):
     return shares
 
 
-def say_unusable(bad, images, meaning, check, log):
-    """Names validation images that could not be read (bad: reasons); UserError if they are many of all `images`."""
+def say_unusable(bad, images, meaning, check, log, which="validation"):
+    """Names images of a set that could not be read (bad: reasons); UserError if they are many of all `images`."""
     for text in bad[:5]:
         log.say(f"warning: {meaning}: {text}")
     if len(bad) > max(20, images // 100) or len(bad) == images:
-        raise util.UserError(f"{len(bad)} of {images} validation images are unusable, first {bad[0]}; run {check} on the data")
+        raise util.UserError(f"{len(bad)} of {images} {which} images are unusable, first {bad[0]}; run {check} on the data")
 
 
 def evaluate(model, anchors, val, size, workers, run, log):
@@ -219,3 +219,23 @@ def mean_iou(confusion, class_names):
     defined = [v for v in each.values() if v is not None]
     return {"mIoU": float(np.mean(defined)) if defined else 0.0, "accuracy": float(hit.sum() / max(confusion.sum(), 1)),
             "IoU": each}
+
+
+# ---- several classes an image --------------------------------------------------------------------------------------
+
+def mean_auroc(scores, labels, class_names):
+    """{"mAUROC", "per_class": {name: area under the ROC curve}, "undefined": [name]} of scores and labels (0 or 1), both (n, K).
+
+    The area is the share of pairs of an image with the class and one without in which the former has the higher score, ties half
+    (by ranks: Mann and Whitney). A class without such a pair is undefined, None, and not in the mean (HPT's code counts it as 0);
+    mAUROC is None if all are.
+    """
+    each = {}
+    for name, s, y in zip(class_names, np.asarray(scores).T, np.asarray(labels).T):
+        _, at, count = np.unique(s, return_inverse=True, return_counts=True)
+        ranks = (count.cumsum() - (count - 1) / 2)[at]  # from 1, equal scores share theirs
+        p, n = int((y == 1).sum()), int((y == 0).sum())
+        each[name] = float((ranks[y == 1].sum() - p * (p + 1) / 2) / (p * n)) if p and n else None
+    defined = [v for v in each.values() if v is not None]
+    return {"mAUROC": float(np.mean(defined)) if defined else None, "per_class": each,
+            "undefined": [name for name, v in each.items() if v is None]}

@@ -16,8 +16,10 @@ which backbone.pt holds, but st.py normalises by ImageNet's. The same command re
 
 After facts of the released code, where it and the text disagree: HPT-BN trains affine and moves statistics; the projection is
 drawn anew in every stage. Other than there: gradients of HPT-BN are averaged over the processes, so are running statistics;
-batch-norm groups do not depend on the number of processes. The paper does not say how Base's statistics are estimated: here
-as the average over batches of the views that the other modes are trained on. Not here: BYOL, LARS, multi-label data, detection.
+batch-norm groups do not depend on the number of processes. The paper's HPT-BN is the best of up to four learning rates (0.03,
+0.003, 0.1, and 0.1 on crops and flips alone), here one run with the given --lr. The paper does not say how Base's statistics are
+estimated: here as the average over batch-norm groups of the views that the other modes are trained on. Not here: BYOL, LARS,
+detection.
 """
 import copy
 import math
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import augment
 import backbones
@@ -52,10 +55,11 @@ EMBEDDED = [*world.DOMAINS, "single", "unlabeled"]  # sources by name
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
 # MoCo v2 as in HPT's configurations: SGD, momentum 0.9, lr linear in the batch, cosine to 0, no warm-up. groups: into how many
-# batch norm cuts a batch (there: GPUs); queue, m: keys and their encoder's momentum; jitter, crop, grey, blur: augment.view.
+# batch norm cuts a batch (there: GPUs); queue, m: keys and their encoder's momentum; crop .. flip: augment.view; tune_epochs:
+# fine-tuning is also tried for so many passes over its labels.
 MOCO = dict(method="moco", backbone="resnet50", image_size=224, batch=256, groups=4, queue=65536, m=0.999, steps=5000, lr=0.03,
-            weight_decay=1e-4, crop=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0.4), grey=0.2, blur=(0.1, 2), pixels="source",
-            probe_steps=5000, tune_steps=2500, tune_batch=256)
+            weight_decay=1e-4, crop=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0.4), grey=0.2, blur=(0.1, 2), flip=0.5,
+            pixels="source", probe_steps=5000, tune_steps=2500, tune_epochs=90, tune_batch=256)
 RECIPES = {
     "hpt": MOCO,  # hue 0.4, though its base was trained with 0.1
     # The official one: 200 epochs of ImageNet (per-epoch cosine there, per step here).
@@ -67,10 +71,14 @@ RECIPES = {
     # Ours, for two CPU cores: a key encoder that follows within hundreds of steps, a queue smaller than the data.
     "tiny": {**MOCO, "backbone": "resnet10", "image_size": 64, "batch": 64, "groups": 2, "queue": 1024, "m": 0.99, "steps": 400,
              "lr": 0.24, "jitter": (0.4, 0.4, 0.4, 0.1), "blur": (0.1, 1), "probe_steps": 2000, "tune_steps": 200,
-             "tune_batch": 64},
+             "tune_epochs": 0, "tune_batch": 64},
 }
+VIEWS = {  # --views: what is not done to them, as in the released configurations; in the text, always one thing more [recalled]
+    "baseline": (), "no-grey": ("grey",), "no-colour": ("jitter",), "crop-blur": ("jitter", "grey", "flip"),
+    "crop": ("jitter", "grey", "flip", "blur")}
 TEMPERATURE = {"moco": 0.2, "simclr": 0.1}
 DIM = 128  # of the embedding
+SAVE = 5000  # steps between checkpoints, at most
 VALUES = "loss", "positive", "negative"  # what a step reports: its loss, mean similarity of positive and negative pairs
 DEMO = "photo:1500", {  # the run without arguments: the base, and what follows it; Target starts from random weights
     "Base": "sketch:stats", "Target": "sketch:1500", "HPT": "sketch:400", "HPT-BN": "sketch:400:bn"}
@@ -91,6 +99,8 @@ class Config:
     groups: int = None
     queue: int = None
     lr: float = None
+    views: str = "baseline"
+    fraction: float = 1.0
     eval: str = ""
     data: str = ""
     labels: int = 1000
@@ -116,17 +126,20 @@ HELP = {
         "batch": "images of a step, over all processes",
         "groups": "of a batch that batch norm sees apart, over all processes (a multiple of them); keys are shuffled among them",
         "queue": "K, keys in MoCo's queue",
-        "lr": "at batch 256; scaled with the batch"},
+        "lr": "at batch 256; scaled with the batch",
+        "views": f"{{{'|'.join(VIEWS)}}} all that the recipe does to them, or less: every crop stays random",
+        "fraction": "of every stage's images to use, a batch or more; those of a smaller one are among those of a larger"},
     "evaluation": {
         "eval": "any of linear,finetune,knn, of the last backbone, on --data",
-        "data": "folder with train/CLASS, val/CLASS and perhaps test/CLASS, or an embedded domain; default: the last stage's",
+        "data": "folder with train/CLASS, val/CLASS and perhaps test/CLASS, or with train.csv and so on (see probe.py), or an "
+                "embedded domain; default: the last stage's",
         "labels": "of finetune",
         "augmented": "linear on random crops and flips, as in the paper, instead of on stored features: slower"},
     "machine": {
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware multiplies it natively",
         "device": "{auto|cpu|cuda}",
         "workers": "loader processes per process, -1 for automatic",
-        "save_every": "steps between checkpoints; 0: a tenth of the stage"},
+        "save_every": f"steps between checkpoints; 0: a tenth of the stage, at most {SAVE:,}"},
 }
 
 
@@ -158,15 +171,14 @@ class MoCo(nn.Module):
         super().__init__()
         self.query, self.key = query, copy.deepcopy(query).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(DIM, K), dim=0))
-        self.m, self.T, self.groups, self.seed, self.rank, self.ranks = m, T, groups // ranks, seed, rank, ranks
+        self.T, self.groups, self.seed, self.rank, self.ranks = T, groups // ranks, seed, rank, ranks
+        self.follow = get_ema_multi_avg_fn(m)  # key <- m key + (1 - m) query, all tensors at once; leaves what is equal as it is
 
     def forward(self, views, step):
         """views: uint8 (2, B, 3, S, S), this process's share of N images -> loss, [loss, positive, negative similarity]."""
         q = in_groups(self.query, views[0], self.groups)                                     # (B, D)
         with torch.no_grad():
-            for a, b in zip(self.query.parameters(), self.key.parameters()):
-                if a.requires_grad:  # rounding would move what is frozen
-                    b.mul_(self.m).add_(a, alpha=1 - self.m)
+            self.follow(list(self.key.parameters()), list(self.query.parameters()), None)
             keys = self.keys(views[1], step)                                                 # (N, D)
         k = keys.chunk(self.ranks)[self.rank]                                                # (B, D)
         positive, negative = (q * k).sum(1, keepdim=True), q @ self.queue.clone()            # (B, 1), (B, K)
@@ -179,9 +191,10 @@ class MoCo(nn.Module):
     def keys(self, images, step):
         """Keys of the whole batch, (N, D) in its order, each computed within a random group."""
         images = gathered(images)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-        mine = images[order.chunk(self.ranks)[self.rank].to(images.device)].contiguous(memory_format=torch.channels_last)
-        return gathered(in_groups(self.key, mine, self.groups))[order.argsort().to(images.device)]
+        generator = torch.Generator(images.device).manual_seed(self.seed * 1_000_003 + step)
+        order = torch.randperm(len(images), generator=generator, device=images.device)  # made there: a copy would wait for a GPU
+        mine = images[order.chunk(self.ranks)[self.rank]].contiguous(memory_format=torch.channels_last)
+        return gathered(in_groups(self.key, mine, self.groups))[order.argsort()]
 
     def chance(self, batch):
         return math.log(1 + self.queue.shape[1])
@@ -214,23 +227,32 @@ class SimCLR(nn.Module):
 
 
 class Statistics(nn.Module):
-    """Base: running statistics become the plain average over the batches of the stage."""
+    """Base: running statistics become the plain average over the batch-norm groups of the stage."""
 
-    def __init__(self, query):
+    def __init__(self, query, groups):
         super().__init__()
-        self.query = query
+        self.query, self.groups = query, groups
         for m in norms(query):
             m.reset_running_stats()
             m.momentum = None  # average, not moving average
 
     @torch.no_grad()
     def forward(self, views, step):
-        self.query(views[0])
+        for part in views[0].chunk(self.groups):
+            self.query(part)
         return None, torch.zeros(3, device=views.device)
 
 
 def in_groups(net, images, groups):
-    return torch.cat([net(part) for part in images.chunk(groups)])
+    """net on each group by itself. Running statistics move once, to the mean of the groups, as they do on as many processes."""
+    found, momenta = [], [(m, m.momentum) for m in norms(net)]
+    for k, part in enumerate(images.chunk(groups)):
+        for m, momentum in momenta:  # of the old value 1 - momentum is left in the end, and of each group momentum / groups
+            m.momentum = momentum / (groups - momentum * (groups - 1 - k))
+        found.append(net(part))
+    for m, momentum in momenta:
+        m.momentum = momentum
+    return torch.cat(found)
 
 
 def gathered(x):
@@ -253,6 +275,13 @@ def freeze(backbone, mode):
         m.requires_grad_(mode != "stats")
 
 
+def set_training(net, mode):
+    """Stochastic depth is for what is trained; batch norm always goes by its batch."""
+    net.train(mode == "all")
+    for m in norms(net):
+        m.train()
+
+
 def train(folder, net, paths, steps, c, seed, flags, run, log):
     """Trains net (MoCo, SimCLR or Statistics) for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its
     own there -> last [loss, positive, negative similarity]."""
@@ -263,10 +292,12 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, values = state["step"], state["values"]
-    ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None,
-                                  broadcast_buffers=False) if ranks > 1 and trained else net
-    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers), time.time(), 0.0
-    net.train()
+    ddp = net
+    if ranks > 1 and trained:
+        ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp.broadcast_buffers = False  # as an argument it is deprecated, and its successor is not in every release
+    views = 1 if isinstance(net, Statistics) else 2
+    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers, views), time.time(), 0.0
     for step in range(start, steps):
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
         clock = time.time()
@@ -299,7 +330,7 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
             log.progress(folder.name, step + 1, steps, began, start, **shown, images_s=(step + 1 - start) * batch / spent,
                          waiting=waited / spent)
         last = step + 1 == steps or stopping
-        if last or (step + 1) % (flags.save_every or max(1, steps // 10)) == 0:
+        if last or (step + 1) % (flags.save_every or max(1, min(SAVE, steps // 10))) == 0:
             for buffer in (b for m in norms(net) for b in (m.running_mean, m.running_var) if ranks > 1):
                 buffer.copy_(util.all_sum(buffer.clone()) / ranks)
             if rank == 0:
@@ -315,38 +346,38 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
 # ---- views -------------------------------------------------------------------------------------------------------
 
 class Views(torch.utils.data.Dataset):
-    """Two views of an image, (2, S, S, 3) uint8. Keys are (step, slot, index): random numbers come from (seed, step, slot)."""
+    """Views of an image, (views, S, S, 3) uint8. Keys are (step, slot, index): random numbers come from (seed, step, slot)."""
 
-    def __init__(self, paths, c, seed):
-        self.paths, self.seed = paths, seed
-        self.how = [c[k] for k in ("image_size", "crop", "jitter", "grey", "blur")]
+    def __init__(self, paths, c, seed, views):
+        self.paths, self.seed, self.views = paths, seed, views
+        self.how = {"size": c["image_size"], **{k: c[k] for k in ("crop", "jitter", "grey", "blur", "flip")}}
 
     def __getitem__(self, key):
         step, slot, index = key
         image, _, bad = probe.read_usable(self.paths, index)
         rng = np.random.default_rng((self.seed, step, slot))
-        return np.stack([np.asarray(augment.view(image, *self.how, rng)) for _ in range(2)]), bad
+        return np.stack([np.asarray(augment.view(image, rng=rng, **self.how)) for _ in range(self.views)]), bad
 
 
 def collate(samples):
-    """-> views uint8 (2, B, 3, S, S), each in channels_last; [(row, reason)] of unusable files."""
+    """-> views uint8 (views, B, 3, S, S), each in channels_last; [(row, reason)] of unusable files."""
     views, bad = zip(*samples)
     reasons = [(i, text) for i, some in enumerate(bad) for text in some]
     return torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3), reasons
 
 
-def view_loader(paths, start, stop, c, seed, rank, ranks, workers):
+def view_loader(paths, start, stop, c, seed, rank, ranks, workers, views=2):
     """This process's share of the batches of steps start..stop-1, of endless shuffled passes over the images."""
     batch, mine = c["batch"], c["batch"] // ranks
     keys = ([(step, slot, data.shuffled_index(step * batch + slot, len(paths), seed))
              for slot in range(rank * mine, (rank + 1) * mine)] for step in range(start, stop))
-    return data.loader(Views(paths, c, seed), keys, workers, collate)
+    return data.loader(Views(paths, c, seed, views), keys, workers, collate)
 
 
 def save_views(views, path, images=8):
-    """The two views of some images, side by side, as a PNG."""
-    pictures = views[:, :images].permute(1, 0, 3, 4, 2).flatten(0, 1).contiguous().numpy()
-    show.save_sheet(path, [(Image.fromarray(p), data.nothing(i), f"image {i // 2}, view {i % 2 + 1}", show.HUMAN)
+    """The views of some images, side by side, as a PNG."""
+    n, pictures = len(views), views[:, :images].permute(1, 0, 3, 4, 2).flatten(0, 1).contiguous().numpy()
+    show.save_sheet(path, [(Image.fromarray(p), data.nothing(i), f"image {i // n}, view {i % n + 1}", show.HUMAN)
                            for i, p in enumerate(pictures)], [])
 
 
@@ -358,12 +389,13 @@ def folder_of(source, root):
 
 
 def image_paths(source, root):
-    """Paths (n,) of the images of a source. Of folders with train/ only those, and those of val/ if there is a test/ too: never
-    what an evaluation reports on."""
+    """Paths (n,) of the images of a source. Of folders with train/ (or train.csv) only those, and those of val/ if there is a
+    test/ too: never what an evaluation reports on."""
     place = folder_of(source, root)
-    parts = [p for p in ("train", "val") if os.path.isdir(os.path.join(place, p))] if \
-        os.path.isdir(os.path.join(place, "train")) else []
-    parts = parts if os.path.isdir(os.path.join(place, "test")) else parts[:1]
+    there = lambda part: os.path.exists(os.path.join(place, part + probe.ending(place)))
+    parts = [p for p in ("train", "val")[:1 + there("test")] if there(p)] if there("train") else []
+    if probe.ending(place):
+        return np.unique(np.concatenate([probe.read_csv(place, part)[0] for part in parts]))
     try:
         return np.concatenate([data.list_images(os.path.join(place, part) if part else place) for part in parts or [""]])
     except UserError as error:
@@ -399,7 +431,7 @@ def load(backbone, init):
 
 def objective(query, mode, c, seed, rank, ranks):
     if mode == "stats":
-        return Statistics(query)
+        return Statistics(query, c["groups"] // ranks)
     if c["method"] == "simclr":
         return SimCLR(query, TEMPERATURE["simclr"], rank, ranks)
     return MoCo(query, c["queue"], c["m"], TEMPERATURE["moco"], c["groups"], seed, rank, ranks)
@@ -410,7 +442,7 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     rank, ranks, device, dtype = run
     deps = {**{k: v for k, v in c.items() if not k.startswith(("probe", "tune"))}, "mode": mode, "steps": steps,
             "init": init_digest, "images": runs.digest([os.fsdecode(p) for p in paths.tolist()]), "seed": flags.seed,
-            "precision": str(dtype)}
+            "precision": str(dtype), "fraction": flags.fraction, "world": world.VERSION if source in EMBEDDED else 0}
     if result := util.rank0_first(lambda: runs.stage(folder, deps)):
         log.say(f"{folder}: finished before")
         return result
@@ -426,8 +458,10 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     if device.type == "cuda" and isinstance(net, SimCLR) and ranks > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as SimCLR does; MoCo's groups must not know of each other
     net.to(device, memory_format=torch.channels_last)
+    set_training(net, mode)
     trained, total = (sum(p.numel() for p in query.parameters() if p.requires_grad >= which) / 1e6 for which in (True, False))
-    log.say(f"{folder}: {steps} steps of {c['batch']} images out of {len(paths)}, {c['method']}, {mode}, lr "
+    log.say(f"{folder}: {steps} steps of {c['batch']} images out of {len(paths)} (fraction "
+            f"{flags.fraction:g}), {c['method']}, {mode}, views {flags.views}, lr "
             f"{c['lr'] * c['batch'] / 256:.4g} (given {c['lr']:g} at batch 256), {trained:.3g}M of {total:.3g}M parameters, "
             f"{str(dtype)[6:]} on {device}, {ranks} processes; pixels: mean {np.round(mean, 3)}, deviation {np.round(std, 3)}")
     if isinstance(net, MoCo) and c["queue"] > len(paths):
@@ -452,7 +486,7 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
 
 def settings(flags, ranks):
     c = {**RECIPES[flags.recipe]}
-    c.update({k: v for k in c if (v := getattr(flags, k, None)) is not None})
+    c.update({k: v for k in c if (v := getattr(flags, k, None)) is not None}, **dict.fromkeys(VIEWS[flags.views], 0))
     if flags.groups is None:
         c["groups"] = max(c["groups"], ranks)
     if c["backbone"] not in backbones.NAMES:
@@ -463,6 +497,8 @@ def settings(flags, ranks):
         raise UserError("--data and --init need a --stage or an --eval; without any of these, the embedded domains are run")
     if min(c["batch"], c["groups"], c["queue"], c["image_size"], flags.labels) < 1 or not c["lr"] > 0 or flags.seed < 0:
         raise UserError("--batch, --groups, --queue, --image-size, --labels and --lr must be above 0, --seed not below")
+    if not 0 < flags.fraction <= 1:
+        raise UserError(f"--fraction {flags.fraction:g} is not a fraction; give a number above 0 and up to 1")
     if c["groups"] % ranks or c["batch"] % c["groups"] or c["batch"] < 2 * c["groups"]:
         raise UserError(f"--batch {c['batch']} cannot be cut into {c['groups']} batch-norm groups of two or more images on"
                         f" {ranks} processes; give a --groups that divides the batch and is a multiple of the processes")
@@ -481,11 +517,14 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
     for source, _, _, paths in todo:
         if len(paths) < c["batch"]:
             raise UserError(f"--stage {source} has {len(paths)} images, fewer than a batch of {c['batch']}; lower --batch")
+    todo = [(*how, probe.fraction_of(paths, flags.fraction, c["batch"], flags.seed)) for *how, paths in todo]
     target = target or (todo[-1][0] if todo else "")
     if evals and not target:
         raise UserError("--eval needs --data, a folder with train/CLASS and val/CLASS, or an embedded domain")
-    sets = probe.load(util.rank0_first(lambda: folder_of(target, flags.root)), flags.seed) if evals else None
-    load(backbones.build(c["backbone"]), init)  # fails now, not in the first stage
+    if evals:  # whatever cannot work fails now, not after the last stage
+        sets = probe.load(util.rank0_first(lambda: folder_of(target, flags.root)), flags.seed)
+        probe.check(evals, sets, flags.labels, flags.seed, [(source, paths) for source, _, _, paths in todo])
+    load(backbones.build(c["backbone"]), init)
     util.rank0_first(lambda: runs.claim(out))
     log, results, init_digest = util.Log(out / "log.jsonl", rank), {}, util.rank0_first(lambda: digest(init))
     for number, (source, steps, mode, paths) in enumerate(todo, 1):

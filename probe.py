@@ -1,14 +1,23 @@
-"""How good is a backbone? HPT's evaluations on folders with a class each: linear probe, fine-tuning with few labels, neighbours.
+"""How good is a backbone? HPT's evaluations on labelled images: linear probe, fine-tuning with few labels, neighbours.
 
     python hpt.py --init FILE --eval linear,finetune,knn --data DIR --out runs/probe
 
 DIR has train/CLASS, val/CLASS and test/CLASS. Without test/, val/ is what accuracy is reported on, and a tenth of train/, by a
-hash of the files' names, chooses among settings instead. Settings follow HPT's released configurations, where accuracy is the
-best on the way, by validation; here it is that of the last step. Not here: labels of several classes an image (AUROC), and
-fine-tuning for 90 epochs. One process does the work; the others wait.
+hash of the files' names, chooses among settings instead.
+For images of several classes DIR has train.csv, val.csv and perhaps test.csv: a header path,NAME1,NAME2,... and a line for each
+image, its path below DIR and 1 or 0 for each class. Blank, -1 and u (unknown, uncertain) count as 0, as HPT does it on CheXpert.
+They are learnt by binary cross-entropy, the mean over images and classes, and scored by the mean area under the ROC curve.
+
+Settings follow HPT's released configurations. Fine-tuning: 2,500 steps and 90 epochs, a tenth of the lr from each third on (their
+833 and 1,667; their code, which accumulates over four pieces, reaches these after a quarter of the steps), 256 images a step as
+in the code (the paper: 512). Their accuracy is the best on the way, by validation; here it is that of the last step. One process
+does the work; the others wait.
 """
+import csv
 import functools
 import hashlib
+import itertools
+import math
 import os
 
 import numpy as np
@@ -31,6 +40,7 @@ LINEAR_BATCH = 512
 NEIGHBOURS, NEIGHBOUR_T = 20, 0.07  # weighted votes of Wu et al. 2018 [recalled], with fewer neighbours
 CROP = (0.08, 1)              # of a training image's area, when augmented
 CHECK = "python data.py check"
+MARKS = {"1": 1, "0": 0, "": 0, "-1": 0, "u": 0}  # of a class in a csv file
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -71,8 +81,9 @@ def _on_device(pixels, device):  # made once: creating a tensor on a GPU from nu
 
 
 class Crops(torch.utils.data.Dataset):
-    """Images of a set (paths, labels). A key is an index: the centre of the image (7/8 of its shorter side: 224 of 256), label -1
-    if it cannot be read; or (step, slot, index): a random crop, mirrored or not -> (S, S, 3) uint8, label, reasons."""
+    """Images of a set (paths (n,), labels (n,) or (n, K)). A key is an index: the centre of the image (7/8 of its shorter side:
+    224 of 256), label -1 if it cannot be read; or (step, slot, index): a random crop, mirrored or not -> (S, S, 3) uint8, label,
+    reasons."""
 
     def __init__(self, images, size, seed):
         (self.paths, self.labels), self.size, self.seed = images, size, seed
@@ -87,7 +98,7 @@ class Crops(torch.utils.data.Dataset):
         try:
             image = data.read_image(os.fsdecode(bytes(self.paths[key])))
         except data.BadImage as error:
-            return np.zeros((self.size, self.size, 3), np.uint8), -1, [str(error)]
+            return np.zeros((self.size, self.size, 3), np.uint8), np.full_like(self.labels[key], -1), [str(error)]
         (w, h), side = image.size, min(image.size) * 7 / 8
         box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
         return np.asarray(image.resize((self.size, self.size), augment.Image.Resampling.BILINEAR, box=box)), self.labels[key], []
@@ -95,21 +106,28 @@ class Crops(torch.utils.data.Dataset):
 
 def collate(samples):
     pixels, labels, bad = zip(*samples)
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), [text for some in bad for text in some]
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return pixels, torch.from_numpy(np.stack(labels)), [text for some in bad for text in some]
 
 
-def random_crops(images, batch, steps, c):
-    """Training batches of random crops: (uint8 (B, 3, S, S), labels (B,))."""
+def random_crops(images, batch, steps, c, named, log):
+    """Training batches of random crops: (uint8 (B, 3, S, S), labels (B,) or (B, K)). named: unusable images known already."""
     keys = ([(step, slot, data.shuffled_index(step * batch + slot, len(images[1]), c["seed"])) for slot in range(batch)]
             for step in range(steps))
-    for pixels, labels, _ in data.loader(Crops(images, c["image_size"], c["seed"]), keys, c["workers"], collate):
+    for pixels, labels, bad in data.loader(Crops(images, c["image_size"], c["seed"]), keys, c["workers"], collate):
+        if new := sorted(set(bad) - named):
+            named.update(new)
+            evaluation.say_unusable(new, len(images[1]), "replaced by the next image", CHECK, log, "training")
         yield pixels, labels
 
 
 # ---- labelled data -----------------------------------------------------------------------------------------------
 
 def load(root, seed):
-    """-> {"train", "val", "test": (paths (n,) bytes, labels (n,) int64), "names", "root", "parts": what they are, in words}."""
+    """-> {"train", "val", "test": (paths (n,) bytes, labels int64 (n,), or (n, K) of several classes an image), "names", "root",
+    "parts": what they are, in words}."""
+    if ending(root):
+        return load_csv(root, seed)
     train = classify.load_folder(root, "train")
     split = {name: classify.load_folder(root, name, train.class_names) for name in ("val", "test")
              if name == "val" or os.path.isdir(os.path.join(root, name))}
@@ -128,20 +146,101 @@ def load(root, seed):
                for name, images in {"train": train, **split}.items()}, "names": train.class_names, "root": root, "parts": parts}
 
 
+def ending(root):
+    """What the parts of a labelled set end in: .csv, or nothing where they are folders."""
+    return ".csv" if os.path.isfile(os.path.join(root, "train.csv")) else ""
+
+
+def load_csv(root, seed):
+    """load() of ROOT/train.csv, val.csv and perhaps test.csv."""
+    *train, names = read_csv(root, "train")
+    split = {part: read_csv(root, part, names)[:2] for part in ("val", "test")
+             if part == "val" or os.path.exists(os.path.join(root, "test.csv"))}
+    parts = "chosen on val.csv, reported on test.csv"
+    if "test" not in split:
+        order = hashed_order(below(train[0]), seed)
+        held, kept = (np.sort(rows) for rows in np.split(np.array(order), [max(1, round(0.1 * len(order)))]))
+        split, parts = {"val": [v[held] for v in train], "test": split["val"]}, "chosen on a tenth of train.csv, held out of " \
+            "training, reported on val.csv"
+        train = [v[kept] for v in train]
+    for name, (_, labels) in split.items():
+        if not len(labels) or not (labels.min(0) < labels.max(0)).any():
+            raise UserError(f"{root} has no class with and without images in the {name} part, {len(labels)} images; nothing "
+                            "could be scored. Give more of them")
+    return {"train": tuple(train), **{k: tuple(v) for k, v in split.items()}, "names": names, "root": root, "parts": parts}
+
+
+def read_csv(root, part, names=None):
+    """ROOT/PART.csv -> paths (n,) bytes, labels (n, K) int64, class names. names: those it must have."""
+    path, paths, labels = os.path.join(root, part + ".csv"), [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            (first, *found), *rows = filter(None, csv.reader(f))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as csv ({error}); it wants a header path,NAME1,NAME2,... and a line an image")
+    if first != "path" or not found or len(set(found)) < len(found) or found != (names or found):
+        raise UserError(f"{path} begins with {','.join([first, *found])[:80]}; it wants path,"
+                        f"{','.join(names or ['NAME1', 'NAME2', '...'])[:80]}")
+    for line, (name, *values) in enumerate(rows, 2):
+        marks = [MARKS.get(v.strip().lower().removesuffix(".0")) for v in values]
+        if None in marks or len(marks) != len(found):
+            raise UserError(f"{path}, line {line} ({name}): it wants {len(found)} values, each 1, 0, -1, u or blank")
+        paths.append(name)
+        labels.append(marks)
+    data.stay_inside(paths, path, root)
+    return (np.array([os.fsencode(os.path.abspath(os.path.join(root, name))) for name in paths], dtype=np.bytes_),
+            np.array(labels, dtype=np.int64).reshape(-1, len(found)), found)
+
+
+def check(names, sets, count, seed, stages):
+    """UserError if an evaluation of EVALUATIONS cannot work on these sets with `count` labels for fine-tuning, or if images of
+    a stage are among those that are reported on. stages: (source, paths)."""
+    if "knn" in names and sets["train"][1].ndim == 2:
+        raise UserError(f"--eval knn wants one class an image, {sets['root']} has several; give linear or finetune")
+    if "finetune" in names:
+        few_labels(sets["train"], min(count, len(sets["train"][1])), seed)
+    tested = set(map(os.path.realpath, sets["test"][0].tolist()))
+    for source, paths in stages:
+        if found := [p for p in paths.tolist() if os.path.realpath(p) in tested]:
+            raise UserError(f"--stage {source} has {len(found)} images that --data reports on, first {os.fsdecode(found[0])}; "
+                            "take them out of its list, or give a folder without them")
+
+
+def digest(root):
+    """What tells one labelled folder from another: the names of the files, what is in lists of labels, and for an embedded
+    domain how it was drawn."""
+    lists = [path for f in ("train.csv", "val.csv", "test.csv", "world.json") if os.path.isfile(path := os.path.join(root, f))]
+    return runs.digest([data.file_digest(path) for path in (root, *lists)])
+
+
 def hashed_order(files, seed):
     """Positions of the files in a random order that each file's name alone decides: others may come and go."""
     return sorted(range(len(files)), key=lambda i: hashlib.sha256(b"%d/" % seed + bytes(files[i])).digest())
 
 
+def below(paths):
+    """Their names below the folder that holds them all, wherever that is."""
+    start = len(os.path.commonpath(paths.tolist())) + 1
+    return [p[start:] for p in paths.tolist()]
+
+
+def fraction_of(paths, fraction, least, seed):
+    """A random part of the paths, at least so many, in their order; those of a smaller fraction are among those of a larger."""
+    order = hashed_order(below(paths), seed)
+    return paths[sorted(order[:max(least, round(fraction * len(paths)))])]
+
+
 def few_labels(images, count, seed):
     """`count` of the images, at random, with one or more of every class; those of a smaller count are among those of a larger."""
     paths, labels = images
-    order = hashed_order([os.path.basename(os.path.dirname(p)) + b"/" + os.path.basename(p) for p in paths.tolist()], seed)
-    first = {int(labels[i]): i for i in reversed(order)}  # of every class
+    order = hashed_order(below(paths), seed)
+    own = labels[order]
+    at = np.unique(own, return_index=True)[1] if own.ndim == 1 else own.argmax(0)[own.any(0)]  # where each class comes first
+    first = dict.fromkeys(order[k] for k in at.tolist())
     if count < len(first):
-        raise UserError(f"--labels {count} is less than one for each of {len(first)} classes")
-    chosen = [*first.values(), *(i for i in order if first[int(labels[i])] != i)][:count]
-    return paths[sorted(chosen)], labels[sorted(chosen)]
+        raise UserError(f"--labels {count} is less than one for each of {len(at)} classes; give {len(first)} or more")
+    chosen = sorted(list({**first, **dict.fromkeys(order)})[:count])
+    return paths[chosen], labels[chosen]
 
 
 # ---- evaluations -------------------------------------------------------------------------------------------------
@@ -155,21 +254,41 @@ def embed(backbone, images, pixels, run):
         return backbone(normalise(images.to(device, non_blocking=True), pixels))[5].mean((2, 3)).float()
 
 
-def features(backbone, images, pixels, c, run, log):
-    """Features (n, C) and labels (n,) of centre crops; unreadable images are left out."""
+def features(backbone, sets, part, pixels, c, run, log):
+    """Features (n, C) and labels (n,) or (n, K) of centre crops of a part; unreadable images are left out."""
+    images = sets[part]
     n, found, labels, bad = len(images[1]), [], [], []
     keys = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
     for crops, some, reasons in data.loader(Crops(images, c["image_size"], 0), keys, c["workers"], collate):
         found.append(embed(backbone, crops, pixels, run))
         labels.append(some)
         bad += reasons
-    evaluation.say_unusable(bad, n, "left out", CHECK, log)
+    evaluation.say_unusable(bad, n, "left out", CHECK, log, {"train": "training", "val": "validation"}.get(part, part))
     labels = torch.cat(labels).to(run[2])
-    return torch.cat(found)[labels >= 0], labels[labels >= 0]
+    usable = labels.flatten(1).amin(1) >= 0 if labels.ndim == 2 else labels >= 0
+    return torch.cat(found)[usable], labels[usable]
 
 
-def share(logits, labels):  # of right answers
-    return (logits.argmax(1) == labels).float().mean().item()
+def loss(logits, labels):  # labels (n,): a class each; (n, K): 1 for every class there is
+    return F.cross_entropy(logits, labels) if labels.ndim == 1 else F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def score(logits, labels, names):
+    """{"accuracy"}, or what mean_auroc() says for labels (n, K); the first is what counts."""
+    if labels.ndim == 2:
+        result = evaluation.mean_auroc(logits.float().cpu(), labels.cpu(), names)
+        if result["mAUROC"] is None:
+            raise UserError(f"no class has readable images both with and without it among {len(labels)}; run {CHECK} on the "
+                            "images")
+        return result
+    return {"accuracy": (logits.argmax(1) == labels).float().mean().item()}
+
+
+def best(scores):
+    """{setting: scores of val, of test} -> the setting that is best on val, what is reported. Of equals the first."""
+    values = {k: [next(iter(s.values())) for s in both] for k, both in scores.items()}
+    chosen = max(values, key=lambda k: values[k][0])
+    return chosen, {**scores[chosen][1], "validation": values[chosen][0], "grid": [[*k, *v] for k, v in values.items()]}
 
 
 def set_lr(optimizer, peaks, step, steps):
@@ -181,11 +300,12 @@ def set_lr(optimizer, peaks, step, steps):
 def linear(backbone, sets, pixels, c, run, log):
     """A linear layer on the frozen backbone: SGD, lr x features as they are or standardised (ours), all heads at once."""
     device, steps = run[2], c["probe_steps"]
-    found = {k: features(backbone, sets[k], pixels, c, run, log) for k in ("train", "val", "test")}
+    found = {k: features(backbone, sets, k, pixels, c, run, log) for k in ("train", "val", "test")}
     x, y = found["train"]
     log.say("linear probe on " + ("random crops and flips" if c["augmented"] else "stored features of centre crops, not augmented"
                                   " (--augmented: on random crops, as in the paper, slower)") + f"; {sets['parts']}")
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    mean, std = x.mean(0), x.std(0)
+    std = std.clamp(min=max(1e-6, 1e-3 * std.mean().item()))  # what hardly varies would be noise, enlarged
     standard = {"raw": lambda v: v, "standardised": lambda v: (v - mean) / std}
     grid = {(kind, lr): nn.Linear(x.shape[1], len(sets["names"])).to(device) for kind in standard for lr in LRS}
     generator = torch.Generator().manual_seed(c["seed"])
@@ -193,7 +313,7 @@ def linear(backbone, sets, pixels, c, run, log):
         head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
         head.bias.data.zero_()
     optimizer = torch.optim.SGD([{"params": head.parameters()} for head in grid.values()], lr=0.0, momentum=0.9)
-    crops = random_crops(sets["train"], LINEAR_BATCH, steps, c) if c["augmented"] else None
+    crops = random_crops(sets["train"], LINEAR_BATCH, steps, c, set(), log) if c["augmented"] else None
     for step in range(steps):
         if crops:
             images, labels = next(crops)
@@ -204,43 +324,42 @@ def linear(backbone, sets, pixels, c, run, log):
         inputs = {kind: f(batch) for kind, f in standard.items()}
         set_lr(optimizer, [lr for _, lr in grid], step, steps)
         optimizer.zero_grad()
-        sum(F.cross_entropy(head(inputs[kind]), labels) for (kind, _), head in grid.items()).backward()
+        sum(loss(head(inputs[kind]), labels) for (kind, _), head in grid.items()).backward()
         optimizer.step()
     with torch.no_grad():
-        scores = {(kind, lr): [share(head(standard[kind](v)), labels) for v, labels in (found["val"], found["test"])]
-                  for (kind, lr), head in grid.items()}
-    kind, lr = max(scores, key=lambda k: scores[k][0])  # of equals the first
-    return {"accuracy": scores[kind, lr][1], "validation": scores[kind, lr][0], "lr": lr, "features": kind,
-            "grid": [[*k, *v] for k, v in scores.items()]}
+        (kind, lr), result = best({(kind, lr): [score(head(standard[kind](v)), labels, sets["names"])
+                                                for v, labels in (found["val"], found["test"])]
+                                   for (kind, lr), head in grid.items()})
+    return {**result, "lr": lr, "features": kind}
 
 
 def finetune(backbone, sets, pixels, c, run, log):
-    """The whole network on few labels, batch norm in training mode; the lr by validation."""
-    (_, _, device, dtype), steps, scores = run, c["tune_steps"], {}
+    """The whole network on few labels, batch norm in training mode; lr and schedule by validation."""
+    (_, _, device, dtype), scores, named = run, {}, set()
     images = few_labels(sets["train"], min(c["labels"], len(sets["train"][1])), c["seed"])
-    for lr in TUNE_LRS:
+    passes = math.ceil(c["tune_epochs"] * len(images[1]) / c["tune_batch"])  # in steps
+    for lr, steps in itertools.product(TUNE_LRS, [c["tune_steps"], *[passes] * (passes > 0)]):
         torch.manual_seed(c["seed"])
         net = models.Classifier(c["backbone"], len(sets["names"])).to(device, memory_format=torch.channels_last).train()
         net.backbone.load_state_dict(backbone.state_dict())
         optimizer = torch.optim.SGD([{"params": m.parameters()} for m in (net.backbone, net.final)], lr=0.0, momentum=0.9)
-        for step, (crops, labels) in enumerate(random_crops(images, c["tune_batch"], steps, c)):
+        for step, (crops, labels) in enumerate(random_crops(images, c["tune_batch"], steps, c, named, log)):
             set_lr(optimizer, (lr, 100 * lr), step, steps)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(normalise(crops.to(device, non_blocking=True), pixels))
             optimizer.zero_grad()
-            F.cross_entropy(logits.float(), labels.to(device)).backward()
+            loss(logits.float(), labels.to(device)).backward()
             optimizer.step()
         with torch.no_grad():
-            scores[lr] = [share(net.final(v), labels) for v, labels in (features(net.backbone, sets[k], pixels, c, run, log)
-                                                                        for k in ("val", "test"))]
-    lr = max(scores, key=lambda k: scores[k][0])
-    return {"accuracy": scores[lr][1], "validation": scores[lr][0], "lr": lr, "labels": len(images[1]),
-            "grid": [[k, *v] for k, v in scores.items()]}
+            found = (features(net.backbone, sets, k, pixels, c, run, log) for k in ("val", "test"))
+            scores[lr, steps] = [score(net.final(v), labels, sets["names"]) for v, labels in found]
+    (lr, steps), result = best(scores)
+    return {**result, "lr": lr, "steps": steps, "labels": len(images[1])}
 
 
 def knn(backbone, sets, pixels, c, run, log):
     """Votes of the nearest training images, by cosine: a quick look, with nothing to choose."""
-    (x, y), (query, truth) = (features(backbone, sets[k], pixels, c, run, log) for k in ("train", "test"))
+    (x, y), (query, truth) = (features(backbone, sets, k, pixels, c, run, log) for k in ("train", "test"))
     x, query, right = F.normalize(x), F.normalize(query), 0
     for rows, labels in zip(query.split(1024), truth.split(1024)):
         near, at = (rows @ x.T).topk(min(NEIGHBOURS, len(x)))                                 # (B, k)
@@ -250,22 +369,26 @@ def knn(backbone, sets, pixels, c, run, log):
 
 
 EVALUATIONS = {"linear": linear, "finetune": finetune, "knn": knn}
-MATTERS = {"linear": ["probe_steps", "augmented"], "finetune": ["tune_steps", "tune_batch", "labels"], "knn": []}
+MATTERS = {"linear": ["probe_steps", "augmented"], "finetune": ["tune_steps", "tune_epochs", "tune_batch", "labels"], "knn": []}
 
 
 def evaluated(name, folder, backbone, weights, sets, c, run, log):
-    """Runs one of EVALUATIONS, remembered in `folder` -> {"accuracy" on the test part, how it was chosen, ...}. weights: what
-    tells the backbone from others."""
+    """Runs one of EVALUATIONS, remembered in `folder` -> {"accuracy" (or "mAUROC") on the test part, how it was chosen,
+    ...}. weights: what tells the backbone from others."""
     deps = {k: c[k] for k in ("backbone", "image_size", "pixels", "seed", *MATTERS[name])}
-    deps |= {"weights": weights, "data": data.file_digest(sets["root"]), "precision": str(run[3])}
+    deps |= {"weights": weights, "data": digest(sets["root"]), "precision": str(run[3])}
+    metric = "mAUROC" if sets["train"][1].ndim == 2 else "accuracy"
     if result := runs.stage(folder, deps):
-        log.say(f"{folder}: finished before, accuracy {result['accuracy']:.3f}")
+        log.say(f"{folder}: finished before, {metric} {result[metric]:.3f}")
         return result
     pixels = measure(sets["train"][0]) if c["pixels"] == "source" else IMAGENET
     backbone.to(run[2], memory_format=torch.channels_last)
     result = EVALUATIONS[name](backbone, sets, pixels, c, run, log)
-    chosen = ", ".join(f"{k} {result[k]}" for k in ("lr", "features", "labels") if k in result)
-    log.say(f"{folder}: {name} accuracy {result['accuracy']:.3f} on {len(sets['test'][1])} images of {len(sets['names'])} classes"
+    chosen = ", ".join(f"{k} {result[k]}" for k in ("lr", "features", "steps", "labels") if k in result)
+    if result.get("undefined"):
+        log.say("note: not in the mean, since the test part has only images with, or only without: "
+                + ", ".join(result["undefined"]))
+    log.say(f"{folder}: {name} {metric} {result[metric]:.3f} on {len(sets['test'][1])} images of {len(sets['names'])} classes"
             + (f" ({chosen}; {result['validation']:.3f} on {len(sets['val'][1])} for validation)" if chosen else ""))
     return runs.finish(folder, deps, {**result, "parts": sets["parts"],
                                       "images": {k: len(sets[k][1]) for k in ("train", "val", "test")}})

@@ -141,7 +141,7 @@ HELP = {
         "labeled": "fraction of the training images whose labels are used",
         "split": "label split written by 'data.py split' instead of --labeled and --seed",
         "unlabeled": "folder, glob, .txt list or COCO json of images, or (voc) the name of a list such as aug; default: the "
-                     "training images not labelled",
+                     "training images not labelled; of the embedded world's segmentation, aug",
         "train_list": "voc: the list of training images, e.g. trainaug for train and aug with their labels",
         "masks": "voc: folder of the masks; SegmentationClassX goes with classesX.txt"},
     "method": {

@@ -328,3 +328,21 @@ def test_detect_all_finds_in_every_image_of_a_set_what_detections_finds_in_each(
     assert list(found) == [0, 1, 2]
     for i, d in evaluation.detections(*args, [0, 1, 2], *rest):
         assert np.array_equal(found[i]["boxes"], d["boxes"])
+
+
+# ---- several classes an image --------------------------------------------------------------------------------------
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    for ties in (2, 7, 10 ** 6):
+        scores, labels = rng.integers(ties, size=(40, 5)) / 7, rng.integers(2, size=(40, 5))
+        labels[:, 1], labels[:, 3], labels[0, 4] = 0, 1, 1
+        found = evaluation.mean_auroc(scores, labels, "abcde")
+        assert found["undefined"] == ["b", "d"]
+        pairs = {}
+        for name, s, y in zip("abcde", scores.T, labels.T):
+            each = [(a > b) + 0.5 * (a == b) for a in s[y == 1] for b in s[y == 0]]
+            pairs[name] = sum(each) / len(each) if each else None
+        assert found["per_class"] == pytest.approx(pairs)
+        assert found["mAUROC"] == pytest.approx(np.mean([pairs[k] for k in "ace"]))
+    assert evaluation.mean_auroc(np.zeros((3, 1)), np.zeros((3, 1)), ["a"])["mAUROC"] is None

@@ -1,4 +1,5 @@
 """Probes find what is there to find, leave the backbone alone, and choose without looking at what they report on."""
+import json
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from util import UserError
 C = {**hpt.RECIPES["tiny"], "image_size": 32, "workers": 0, "seed": 0, "labels": 12, "augmented": False, "probe_steps": 60,
      "tune_steps": 30, "tune_batch": 16}
 QUIET = util.Log(None, 1)
+PLAIN = ((0, 0, 0), (1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def backbone():
     return backbones.build("resnet10")
 
 
-@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True}), ("knn", {}), ("finetune", {})])
+@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True, "probe_steps": 20}), ("knn", {}),
+                                        ("finetune", {})])
 def test_what_is_separable_is_separated(colours, tmp_path, name, more):
     net, sets = backbone(), probe.load(str(colours), 0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -36,6 +39,47 @@ def test_what_is_separable_is_separated(colours, tmp_path, name, more):
     assert result["accuracy"] >= 0.95 and result["images"] == {"train": 36, "val": 12, "test": 24}
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # running statistics too
     assert probe.evaluated(name, tmp_path / name, net, "random", sets, {**C, **more}, CPU, QUIET) == result  # remembered
+
+
+def test_fine_tuning_is_tried_for_steps_and_for_epochs(colours, tmp_path):
+    """Twelve labels in batches of 16: five epochs are four steps."""
+    sets = probe.load(str(colours), 0)
+    result = probe.finetune(backbone(), sets, PLAIN, {**C, "tune_steps": 2, "tune_epochs": 5}, CPU, QUIET)
+    assert [row[:2] for row in result["grid"]] == [[lr, steps] for lr in probe.TUNE_LRS for steps in (2, 4)]
+    assert result["validation"] == max(row[2] for row in result["grid"]) and [result["lr"], result["steps"]] in [
+        row[:2] for row in result["grid"] if row[2] == result["validation"]]
+
+
+def test_another_drawing_of_the_same_files_is_not_taken_for_it(colours, tmp_path):
+    folder, c = shutil.copytree(colours, tmp_path / "copy"), C
+    (folder / "world.json").write_text('{"version": 3}')
+    args = "knn", tmp_path / "knn", backbone(), "random", probe.load(str(folder), 0), c, CPU, QUIET
+    assert probe.evaluated(*args) == probe.evaluated(*args)
+    (folder / "world.json").write_text('{"version": 4}')
+    with pytest.raises(UserError, match="begun with other settings .data:"):
+        probe.evaluated(*args)
+
+
+def test_what_hardly_varies_is_not_blown_up(monkeypatch):
+    """The third feature is constant but for rounding, and a little off in what is scored."""
+    def features(backbone, sets, part, *_):
+        y = torch.arange(300) % 3
+        x = torch.randn(300, 3, generator=torch.Generator().manual_seed(len(part))) * torch.tensor([0.5, 0.5, 1e-5])
+        x[:, :2] += torch.tensor([[3.0, 0], [0, 3], [-3, -3]])[y]
+        x[:, 2] += 0.0 if part == "train" else 0.01
+        return x, y
+    monkeypatch.setattr(probe, "features", features)
+    result = probe.linear(None, {"names": "abc", "parts": ""}, PLAIN, C, CPU, QUIET)
+    assert min(row[3] for row in result["grid"] if row[0] == "standardised") > 0.9
+
+
+def test_broken_training_images_are_named_once(colours, tmp_path, capsys):
+    folder = shutil.copytree(colours, tmp_path / "copy")
+    (folder / "train/red/0.png").write_bytes(b"no image")
+    log = util.Log(tmp_path / "log.jsonl", 0)
+    probe.finetune(backbone(), probe.load(str(folder), 0), PLAIN, {**C, "labels": 36, "tune_steps": 5}, CPU, log)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "red/0.png" in line]
+    assert len(lines) == 1 and "replaced by the next image" in lines[0]
 
 
 def test_images_of_one_colour_have_a_deviation(tmp_path):
@@ -89,6 +133,8 @@ def test_few_labels_hold_every_class_and_are_nested(colours):
     assert set(again) == set(chosen[2][0]) != set(probe.few_labels((paths[keep], labels[keep]), 12, 1)[0])
     with pytest.raises(UserError, match="--labels 2"):
         probe.few_labels((paths, labels), 2, 0)
+    twice = np.stack([labels == 0, labels == 0], 1).astype(np.int64)  # an image may stand for several classes
+    assert probe.few_labels((paths, twice), 1, 0)[1].tolist() == [[1, 1]]
 
 
 def os_class(path):
@@ -117,12 +163,71 @@ def test_the_centre_is_seven_eighths_of_the_shorter_side():
     assert (crop[1:-1, 1:-1] == 200).all() and (crop > 100).all()  # bilinear: the border mixes with what lies outside
 
 
+def lists(root, tmp_path, test=True):
+    """The colours as a multi-label set: red, or not blue; nothing is violet. Some marks are blank, -1 or u."""
+    folder, rng = shutil.copytree(root, tmp_path / "lists"), np.random.default_rng(0)
+    marks = {"red": ("1", "1.0"), "green": ("", "1"), "blue": ("-1", "U")}
+    for part in ("train", "val", "test")[:2 + test]:
+        files = sorted((folder / part).rglob("*.png"))
+        rows = [f"{p.relative_to(folder)},{','.join(marks[p.parent.name])},0" for p in files]
+        (folder / f"{part}.csv").write_text("\n".join(["path,red,warm,violet", *rng.permutation(rows)]))
+    return folder
+
+
+@pytest.mark.parametrize("name, more", [("linear", {}), ("linear", {"augmented": True, "probe_steps": 10}), ("finetune", {})])
+def test_several_classes_an_image_are_told_apart(colours, tmp_path, name, more):
+    folder = lists(colours, tmp_path)
+    sets, log = probe.load(str(folder), 0), util.Log(tmp_path / "log.jsonl", 0)
+    assert sets["names"] == ["red", "warm", "violet"] and sets["train"][1].shape == (36, 3)
+    for path, row in zip(*sets["train"]):
+        colour = path.decode().split("/")[-2]
+        assert row.tolist() == [colour == "red", colour != "blue", 0]
+    result = probe.evaluated(name, tmp_path / name, backbone(), "random", sets, {**C, **more}, CPU, log)
+    assert result["mAUROC"] >= 0.95 and result["undefined"] == ["violet"] and result["per_class"]["violet"] is None
+    assert "accuracy" not in result and json.loads((tmp_path / name / "stage.json").read_text())["result"] == result
+
+
+def test_lists_of_labels_hold_out_a_tenth_and_keep_what_is_reported_on_apart(colours, tmp_path):
+    folder = lists(colours, tmp_path, test=False)
+    sets = probe.load(str(folder), 0)
+    assert [len(sets[k][1]) for k in ("train", "val", "test")] == [32, 4, 12]
+    assert not set(sets["val"][0]) & set(sets["train"][0])
+    of = lambda: {p.decode().split("/")[-3] for p in hpt.image_paths(str(folder), "").tolist()}
+    assert of() == {"train"}
+    shutil.copy(folder / "val.csv", folder / "test.csv")
+    assert of() == {"train", "val"}
+
+
+@pytest.mark.parametrize("text, match", [
+    ("", "train.csv cannot be read as csv"), ("file,a\nx.png,1", "begins with file,a; it wants path"),
+    ("path", "begins with path"), ("path,a,a\nx.png,1,1", "begins with path,a,a"), ("path,a\nx.png,2", "line 2 .x.png.: it wants 1 values"),
+    ("path,a,b\nx.png,1", "it wants 2 values"), ("path,a\n../x.png,1", "leaves the image folder"),
+    ("path,b\nx.png,1", "val.csv begins with path,red,warm,violet; it wants path,b"),
+    ("path,red,warm,violet\nx.png,1,0,0", None)])
+def test_bad_lists_are_one_line(colours, tmp_path, text, match):
+    folder = lists(colours, tmp_path, test=False)
+    (folder / "train.csv").write_text(text)
+    if match is None:  # a validation part in which no class is told from its absence
+        (folder / "val.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
+        (folder / "test.csv").write_text("path,red,warm,violet")
+        match = "no class with and without images in the val part, 1 images"
+    with pytest.raises(UserError, match=match) as error:
+        probe.load(str(folder), 0)
+    assert "\n" not in str(error.value)
+
+
+def test_neighbours_want_one_class_an_image(colours, tmp_path):
+    with pytest.raises(UserError, match="--eval knn wants one class an image"):
+        hpt.main(["--stage", f"{colours}:9999", "--eval", "linear,knn", "--data", str(lists(colours, tmp_path)), "--batch", "8",
+                  "--queue", "16", "--device", "cpu", "--out", str(tmp_path / "run")])
+
+
 def test_unreadable_images_are_not_scored(colours, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(colours, folder)
     (folder / "test/red/0.png").write_bytes(b"no image")
     sets = probe.load(str(folder), 0)
-    x, y = probe.features(backbone(), sets["test"], probe.IMAGENET, C, CPU, QUIET)
+    x, y = probe.features(backbone(), sets, "test", probe.IMAGENET, C, CPU, QUIET)
     assert len(x) == len(y) == 23 and (y >= 0).all()
     (folder / "val").rename(folder / "elsewhere")
     with pytest.raises(UserError, match="no folder"):
