@@ -9,7 +9,7 @@ The csv files have the header path,label (a class name), or path,NAME1,NAME2,...
 image. pretrain.txt lists the images of train and val, labelled or not, and never one of test (HPT's template); --stage and
 --unlabeled read it. Paths are absolute.
 
-[code] is HPT's released repository, [recalled] from memory. Lists are released for resisc and ucmerced alone: all other parts that
+[code] is HPT's released repository, [recalled] from memory. Lists are released for resisc and ucmerced alone: other parts that
 are not official are ours, drawn by a hash of the name, which depends on no other file, and by patient, video or satellite image
 where there are several images of one.
 """
@@ -27,7 +27,6 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import data
 import runs
@@ -38,11 +37,10 @@ PARTS = ("train", "val", "test")
 CHIP = 512  # pixels a side. HPT's are unknown; a comment in its detection code names annotations of xView at 512 [code]
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # 5 [code]; which: CheXpert's task
 WEATHER = ("clear", "foggy", "overcast", "partly cloudy", "rainy", "snowy")  # and "undefined", which is no class: 6 [code]
-# The rows of VIPER's classes.csv that its benchmark evaluates, 23 as in HPT's head; those that its box files hold too.
+# The rows of VIPER's classes.csv that its benchmark evaluates, 23 as in HPT's head.
 VIPER = dict(zip((2, 3, 4, *range(6, 21), *range(23, 28)), (
     "sky road sidewalk terrain tree vegetation building infrastructure fence billboard trafficlight trafficsign mobilebarrier "
     "firehydrant chair trash trashcan person motorcycle car van bus truck").split()))
-VIPER_BOXED = (13, 16, 17, 19, 20, 23, 24, 25, 26, 27)
 XVIEW = dict(re.findall(r"(\d+) ([^,]+)", """11 Fixed-wing Aircraft,12 Small Aircraft,13 Cargo Plane,15 Helicopter,
     17 Passenger Vehicle,18 Small Car,19 Bus,20 Pickup Truck,21 Utility Truck,23 Truck,24 Cargo Truck,25 Truck w/Box,
     26 Truck Tractor,27 Trailer,28 Truck w/Flatbed,29 Truck w/Liquid,32 Crane Truck,33 Railway Vehicle,34 Passenger Car,
@@ -59,37 +57,40 @@ BDD_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
+def present(path, where="incomplete dataset"):
+    if not os.path.exists(path):
+        raise UserError(f"{where}: there is no {path}; python sources.py says what the folder must hold")
+    return path
+
+
 def opened(path):
-    try:
-        return open(path, newline="", encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; python sources.py says which files are expected")
+    return open(present(path), newline="", encoding="utf-8-sig", errors="replace")
 
 
 @contextlib.contextmanager
-def expect(what, path, where, found):
-    """Whatever goes wrong in this block is a malformed file: one line with its name, the place, what was expected and found."""
+def expect(what, where, found):
+    """Whatever goes wrong in this block is a malformed file: one line with the place, what was expected and what found."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, SyntaxError, struct.error, zlib.error):
-        raise UserError(f"{path}, {where}: expected {what}, found {str(found)[:80]!r}; mend or re-download the file") from None
+        raise UserError(f"{where}: expected {what}, found {str(found)[:80]!r}; mend or re-download the file") from None
 
 
 def lines(path):
-    """(number, line) of the lines of a text file that are not empty."""
+    """(where, line) of the lines of a text file that are not empty."""
     with opened(path) as f:
-        yield from ((n, line.strip()) for n, line in enumerate(f, 1) if line.strip())
+        yield from ((f"{path}, line {n}", line.strip()) for n, line in enumerate(f, 1) if line.strip())
 
 
-def each(path, key=None):
-    """(number, object) of a list of objects in a json file: the file's own, or that under `key`. One at a time, since BDD's
+def each(path, key=""):
+    """(where, object) of a list of objects in a json file: the file's own, or that under `key`. One at a time, since BDD's
     gigabyte of labels would fill the memory."""
-    begin, decode, number = re.compile(rf'"{key}"\s*:\s*\[' if key else r"^\s*\["), json.JSONDecoder().raw_decode, 0
+    begin, decode, number = re.compile(rf'"{key}"\s*:\s*\[' if key else r"^\s*\["), json.JSONDecoder().raw_decode, 1
     with opened(path) as f:
         text = f.read(2 ** 20)
         while not (found := begin.search(text)):
             if not key or not (more := f.read(2 ** 20)):
-                raise UserError(f"{path}: holds no json list{f' {key!r}' if key else ''}; python sources.py says what is expected")
+                raise UserError(f"{path}: holds no json list {key}; python sources.py says what is expected")
             text = text[-100:] + more
         at = found.end()
         while True:
@@ -100,18 +101,11 @@ def each(path, key=None):
                 value, at = decode(text, at)
             except ValueError:  # cut off by the end of what has been read, or broken
                 if len(text) - at > 2 ** 26 or not (more := f.read(2 ** 20)):
-                    raise UserError(f"{path}, item {number + 1}{f' of {key!r}' if key else ''}: broken or cut off, "
-                                    f"{text[at:at + 60]!r}; mend or re-download the file")
+                    raise UserError(f"{path}, {key} item {number}: broken or cut off, {text[at:at + 60]!r}; re-download the file")
                 text, at = text[at:] + more, 0
                 continue
+            yield f"{path}, {key} item {number}", value
             number += 1
-            yield number, value
-
-
-def present(path, where):
-    if not os.path.exists(path):
-        raise UserError(f"{where}: there is no {path}; extract all archives of the dataset, or give another DIR")
-    return path
 
 
 def part_of(part, key, share=10):
@@ -131,8 +125,8 @@ def mat(path):
                 yield kind, raw[at + 8:at + 8 + size]
                 at += 8 + size + (-size % 8 if kind != 15 else 0)
 
-    raw, arrays = Path(present(path, "flowers")).read_bytes(), {}
-    with expect("MATLAB 5 arrays", path, "bytes", raw[:20]):
+    raw, arrays = Path(present(path)).read_bytes(), {}
+    with expect("MATLAB 5 arrays", path, raw[:20]):
         if raw[126:128] != b"IM":  # little-endian
             raise ValueError
         for kind, body in elements(raw, 128):
@@ -146,159 +140,143 @@ def mat(path):
 
 
 # ---- the datasets ------------------------------------------------------------------------------------------------
-# A reader gets (root, name, OUT, chip) -> (names of the labels, None if an image has one class; rows (part, path, label)). A
-# label is a class name, a set of names, or None: an image without one is pre-trained on. Its docstring is what the table prints.
+# A reader gets (root, name, OUT, chip) and yields (part, path, label). A label is the name of a class, a set of them (AUROC), or
+# None: such an image is only pre-trained on. Its docstring is what the table prints.
 
 def scene_lists(root, *_):
     """CLASS/CLASS_001.jpg (UC-Merced: CLASS00.tif) anywhere below; train.txt, val.txt, test.txt with such a file name a line,
     which are VTAB's splits: copy them from utils/raw-tf-splits/{resisc45,uc_merced} of HPT's repository [code]."""
-    place, rows = {os.path.basename(f): f for f in data.images_below(root)}, []
+    place = {os.path.basename(f): f for f in data.images_below(root)}
     for part in PARTS:
-        file = f"{root}/{part}.txt"
-        for n, line in lines(file):
-            with expect("CLASS_NUMBER.jpg or CLASSNUMBER.tif", file, f"line {n}", line):
+        for where, line in lines(f"{root}/{part}.txt"):
+            with expect("CLASS_NUMBER.jpg or CLASSNUMBER.tif", where, line):
                 name = os.path.basename(line.split()[0])
                 label = re.fullmatch(r"(.+?)_?\d+\.\w+", name)[1]
-            rows.append((part, present(f"{root}/{place.get(name, name)}", f"{file}, line {n}"), label))
-    return None, rows
+            yield part, present(f"{root}/{place.get(name, name)}", where), label
 
 
 def xview(root, _, out, chip):
     """train_images/*.tif, xView_train.geojson. Chips of --chip pixels; rests at the right and lower border are left out. A chip's
-    labels are the classes of the boxes whose centre it holds. By satellite image, 1/5 is test, 1/10 of the rest val. Kept are the
-    classes that occur in all three parts (HPT has 36 of 60; which is unknown)."""
-    tiles, file = sorted(Path(root, "train_images").glob("*.tif")), f"{root}/xView_train.geojson"
-    found, rows, folder, lost = {tile.name: defaultdict(set) for tile in tiles}, [], Path(out, f"chips_{chip}"), 0
-    for n, feature in each(file, "features"):
-        with expect("image_id, type_id and bounds_imcoords 'x0,y0,x1,y1'", file, f"item {n}", feature):
+    labels are the classes of the boxes whose centre it holds. By satellite image, 1/5 is test, 1/10 of the rest val. Which
+    36 of the 60 classes HPT has is unknown; here those that occur in all parts."""
+    tiles, chips = sorted(Path(present(f"{root}/train_images")).glob("*.tif")), Path(out, f"chips_{chip}")
+    found, lost = {tile.name: defaultdict(set) for tile in tiles}, 0
+    for where, feature in each(f"{root}/xView_train.geojson", "features"):
+        with expect("image_id, type_id and bounds_imcoords 'x0,y0,x1,y1'", where, feature):
             about = feature["properties"]
-            kind, chips = str(int(about["type_id"])), found.get(about["image_id"])
+            kind, tile = str(int(about["type_id"])), about["image_id"]
             if kind in ("75", "82") or not about["bounds_imcoords"]:  # of no class, in the published file
                 continue
             x0, y0, x1, y1 = map(float, about["bounds_imcoords"].split(","))
             label = XVIEW[kind]
-        lost += chips is None
-        if chips is not None:
-            chips[int((y0 + y1) / 2 // chip), int((x0 + x1) / 2 // chip)].add(label)
-    folder.mkdir(parents=True, exist_ok=True)
+        lost += tile not in found
+        if tile in found:
+            found[tile][int((y0 + y1) / 2 // chip), int((x0 + x1) / 2 // chip)].add(label)
+    chips.mkdir(parents=True, exist_ok=True)
     for tile in tiles:
         part = "test" if part_of("train", "test/" + tile.name, 5) == "val" else part_of("train", tile.name)
         image = data.read_image(tile)
         for r, c in np.ndindex(image.height // chip, image.width // chip):
-            path = folder / f"{tile.stem}_{r}_{c}.jpg"
+            path = chips / f"{tile.stem}_{r}_{c}.jpg"
             if not path.exists():
                 cut = image.crop((c * chip, r * chip, (c + 1) * chip, (r + 1) * chip))
                 runs.write_atomic(path, lambda p: cut.save(p, "JPEG", quality=95))
-            rows.append((part, str(path), found[tile.name].get((r, c), set())))
-    names = [v for v in XVIEW.values() if all(any(v in label for to, _, label in rows if to == part) for part in PARTS)]
-    print(f"xview: {len(rows)} chips of {len(tiles)} images, {len(names)} of {len(XVIEW)} classes are in all parts; "
-          f"{lost} boxes of images that are not in train_images/")
-    return names, rows
+            yield part, str(path), found[tile.name].get((r, c), set())
+    print(f"xview: {len(tiles)} images; {lost} boxes are of others, which are not in train_images/")
 
 
 def bdd_frames(root, part):
-    """(where, frame) of BDD's labels for train or val, as released in 2018, 2020 or as det_v2."""
+    """(where, frame) of BDD's labels for train or val."""
     files = [f"{root}/labels/{f}.json" for f in (f"bdd100k_labels_images_{part}", f"det_20/det_{part}", f"det_v2_{part}_release")]
-    file = next(filter(os.path.exists, files), files[0])
-    yield from ((file, f"item {n}", frame) for n, frame in each(file))
+    return each(next(filter(os.path.exists, files), files[0]))
 
 
 def bdd(root, *_):
-    """images/100k/{train,val}/*.jpg, labels/bdd100k_labels_images_{train,val}.json (or det_20/det_*.json,
-    det_v2_*_release.json). The weather; where it is undefined, an image is only pre-trained on. Official val is test, 1/7 of train
-    is val (10k of 70k [recalled])."""
-    rows = []
+    """images/100k/{train,val}/*.jpg, labels/bdd100k_labels_images_{train,val}.json (or det_20/det_*.json, det_v2_*_release.json).
+    The weather; where it is undefined, an image is only pre-trained on. Official val is test, 1/7 of train is val: 10k of 70k
+    [recalled]."""
     for part, to in (("train", "train"), ("val", "test")):
-        for file, where, frame in bdd_frames(root, part):
-            with expect(f"name and attributes with weather, one of {WEATHER}", file, where, frame):
+        for where, frame in bdd_frames(root, part):
+            with expect(f"name and attributes with weather, one of {WEATHER}", where, frame):
                 weather, name = frame["attributes"]["weather"], frame["name"]
                 label = None if weather == "undefined" else WEATHER[WEATHER.index(weather)]
-                to = part_of(to, name, 7)
-            rows.append((to, present(f"{root}/images/100k/{part}/{name}", f"{file}, {where}"), label))
-    return None, rows
+            yield part_of(to, name, 7), present(f"{root}/images/100k/{part}/{name}", where), label
 
 
 def viper(root, *_):
     """{train,val}/img/SEQUENCE/*.jpg, {train,val}/cls/SEQUENCE/*.png with a class index per pixel, whose classes are the labels;
-    without train/cls, the first column of {train,val}/bb/SEQUENCE/*.csv (10 classes). Frames without a file there (cls may hold
-    every tenth) are only pre-trained on. Official val is test, 1/10 of train's sequences are val. From how many pixels on HPT
-    counts a class is unknown; here from one."""
-    masks, rows = os.path.isdir(f"{root}/train/cls"), []
-    names = {k: v for k, v in VIPER.items() if masks or k in VIPER_BOXED}
+    without train/cls, the first column of {train,val}/bb/SEQUENCE/*.csv (fewer classes). Frames without a file there (cls may
+    hold every tenth) are only pre-trained on. Official val is test, 1/10 of train's sequences are val. From how many pixels on
+    HPT counts a class is unknown; here from one."""
+    masks = os.path.isdir(f"{root}/train/cls")
     for part, to in (("train", "train"), ("val", "test")):
-        for image in data.images_below(present(f"{root}/{part}/img", "viper")):
+        for image in data.images_below(present(f"{root}/{part}/img")):
             stem, label = os.path.splitext(image)[0], None
             file = f"{root}/{part}/cls/{stem}.png" if masks else f"{root}/{part}/bb/{stem}.csv"
             if os.path.exists(file):
                 kinds = np.unique(voc.read_mask(file, 32)).tolist() if masks else set()
-                for n, line in () if masks else lines(file):
-                    with expect("CLASS,INSTANCE,...", file, f"line {n}", line):
+                for where, line in () if masks else lines(file):
+                    with expect("CLASS,INSTANCE,...", where, line):
                         kinds.add(int(line.split(",")[0]))
-                label = {names[k] for k in kinds if k in names}
-            rows.append((part_of(to, os.path.dirname(image)), f"{root}/{part}/img/{image}", label))
-    return list(names.values()), rows
+                label = {VIPER[k] for k in kinds if k in VIPER}
+            yield part_of(to, os.path.dirname(image)), f"{root}/{part}/img/{image}", label
 
 
 def chexpert(root, *_):
     """train.csv, valid.csv, and the images they name (.../train/patient00001/study1/view1_frontal.jpg) without the first folder.
     5 findings; empty, 0 and uncertain (-1) are 0 [code]. Official valid is test, 1/10 of train's patients are val."""
-    rows = []
     for part, to in (("train", "train"), ("valid", "test")):
-        file = f"{root}/{part}.csv"
-        with opened(file) as f:
+        with opened(f"{root}/{part}.csv") as f:
             for row in (reader := csv.DictReader(f)):
-                with expect(f"Path and {', '.join(FINDINGS)}, each 1, 0, -1 or empty", file, f"line {reader.line_num}", row):
+                where = f"{root}/{part}.csv, line {reader.line_num}"
+                found = [*map(row.get, ("Path", *FINDINGS))]
+                with expect(f"Path and {', '.join(FINDINGS)}, each 1, 0, -1 or empty", where, found):
                     path = row["Path"].split("/", 1)[1]
                     label = {k for k in FINDINGS if {"": 0, "0": 0, "-1": 0, "1": 1}[row[k].strip().removesuffix(".0")]}
                     patient = path.split("/")[1]
-                rows.append((part_of(to, patient), present(f"{root}/{path}", f"{file}, line {reader.line_num}"), label))
-    return FINDINGS, rows
+                yield part_of(to, patient), present(f"{root}/{path}", where), label
 
 
 def kids(root, *_):
     """{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg (Kermany's chest_xray; val/ may be missing). The 16 images of val/ are too few
     to choose by: they join train, of whose patients, by the numbers in the names, 1/10 are val."""
-    rows = []
     for part in PARTS:
         folder = f"{root}/{part}"
-        for image in data.images_below(folder if part == "val" else present(folder, "chest_xray_kids")):
+        for image in data.images_below(folder if part == "val" else present(folder)):
             label, name = os.path.split(image)
             if label not in ("NORMAL", "PNEUMONIA"):
                 raise UserError(f"{folder}/{image}: expected images in NORMAL/ and PNEUMONIA/; move it away")
             patient = re.match(r"person\d+|NORMAL2-IM-\d+|[A-Z]+-\d+|.*", name)[0]
-            rows.append((part_of(part.replace("val", "train"), patient), f"{folder}/{image}", label))
-    return None, rows
+            yield part_of(part.replace("val", "train"), patient), f"{folder}/{image}", label
 
 
 def coco(root, *_):
     """annotations/instances_{train,val}2014.json, train2014/, val2014/. The categories of all objects, crowds too. Official val
     is test, 1/10 of train is val."""
-    rows = []
     for part, to in (("train2014", "train"), ("val2014", "test")):
         file, found, names = f"{root}/annotations/instances_{part}.json", defaultdict(set), {}
-        for n, category in each(file, "categories"):
-            with expect("a category's id and name", file, f"item {n} of categories", category):
+        for where, category in each(file, "categories"):
+            with expect("id and name", where, category):
                 names[category["id"]] = category["name"]
-        for n, thing in each(file, "annotations"):
-            with expect("an annotation's image_id and category_id", file, f"item {n} of annotations", thing):
+        for where, thing in each(file, "annotations"):
+            with expect("image_id and a known category_id", where, thing):
                 found[thing["image_id"]].add(names[thing["category_id"]])
-        for n, image in each(file, "images"):
-            with expect("an image's id and file_name", file, f"item {n} of images", image):
+        for where, image in each(file, "images"):
+            with expect("id and file_name", where, image):
                 name, label = image["file_name"], found.get(image["id"], set())
-            rows.append((part_of(to, name), present(f"{root}/{part}/{name}", f"{file}, item {n} of images"), label))
-    return [names[k] for k in sorted(names)], rows
+            yield part_of(to, name), present(f"{root}/{part}/{name}", where), label
 
 
 VOC_LISTS = {"train": ((2007, "trainval"), (2012, "trainval")), "test": ((2007, "test"),)}  # VOC 07+12
 
 
 def voc_objects(root, part):
-    """(JPEGImages path relative to root, (w, h), [(class number, difficult, x0, y0, x1, y1)]) of VOC's images, in pixels: VOC
-    counts them from 1 and its boxes include the last."""
+    """(image, relative to root; (w, h); [(class number, difficult, x0, y0, x1, y1)]) of VOC's images, in pixels: VOC counts them
+    from 1 and its boxes include the last."""
     for year, name in VOC_LISTS[part]:
-        for n, line in lines(f"{root}/VOC{year}/ImageSets/Main/{name}.txt"):
-            file = present(f"{root}/VOC{year}/Annotations/{line}.xml", f"VOC{year}/ImageSets/Main/{name}.txt, line {n}")
-            with expect("xml with size and objects with name, difficult and bndbox", file, "text", text := Path(file).read_text()):
+        for where, line in lines(f"{root}/VOC{year}/ImageSets/Main/{name}.txt"):
+            text = Path(file := present(f"{root}/VOC{year}/Annotations/{line}.xml", where)).read_text(errors="replace")
+            with expect("xml with size and objects with name, difficult and bndbox", file, text):
                 tree, objects = xml.etree.ElementTree.fromstring(text), []
                 for thing in tree.findall("object"):
                     x0, y0, x1, y1 = (float(thing.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
@@ -311,39 +289,35 @@ def voc_objects(root, part):
 def pascal(root, *_):
     """VOC2007/ and VOC2012/ with JPEGImages/, Annotations/, ImageSets/Main/{trainval,test}.txt. A class counts where it has an
     object that is not difficult [code]. test2007 is test, 1/10 of the two trainval is val."""
-    rows = []
     for to in VOC_LISTS:
         for file, _, objects in voc_objects(root, to):
             label = {voc.VOC_CLASSES[k] for k, difficult, *_ in objects if not difficult}
-            rows.append((part_of(to, file), present(f"{root}/{file}", "pascal"), label))
-    return voc.VOC_CLASSES[1:], rows
+            yield part_of(to, file), present(f"{root}/{file}"), label
 
 
 def domain_net(root, name, *_):
     """DOMAIN/CLASS/*.jpg, DOMAIN_train.txt, DOMAIN_test.txt with `DOMAIN/CLASS/FILE NUMBER` a line. 1/10 of train is val."""
-    domain, rows = name.removeprefix("domain_net_"), []
+    domain = name.removeprefix("domain_net_")
     for part in ("train", "test"):
-        file = f"{root}/{domain}_{part}.txt"
-        for n, line in lines(file):
-            with expect(f"{domain}/CLASS/FILE NUMBER", file, f"line {n}", line):
+        for where, line in lines(f"{root}/{domain}_{part}.txt"):
+            with expect(f"{domain}/CLASS/FILE NUMBER", where, line):
                 path, number = line.rsplit(" ", 1)
                 (_, label, _), _ = path.split("/"), int(number)
-            rows.append((part_of(part, path), present(f"{root}/{path}", f"{file}, line {n}"), label))
-    return None, rows
+            yield part_of(part, path), present(f"{root}/{path}", where), label
 
 
 def flowers(root, *_):
     """jpg/image_00001.jpg, ..., imagelabels.mat, setid.mat (Oxford 102). The official parts; classes are numbers."""
-    labels, parts, rows = mat(f"{root}/imagelabels.mat"), mat(f"{root}/setid.mat"), []
+    labels, parts = mat(f"{root}/imagelabels.mat"), mat(f"{root}/setid.mat")
     for part, key in zip(PARTS, ("trnid", "valid", "tstid")):
-        with expect(f"arrays 'labels' and '{key}' that fit", root, "imagelabels.mat and setid.mat", [*labels, *parts]):
-            rows += [(part, present(f"{root}/jpg/image_{i:05d}.jpg", f"{root}/setid.mat"), f"{labels['labels'][i - 1]:03d}")
-                     for i in parts[key]]
-    return None, rows
+        with expect(f"'labels' in imagelabels.mat, numbers of images in '{key}' of setid.mat", root, [*labels, *parts]):
+            some = [(f"{root}/jpg/image_{i:05d}.jpg", f"{labels['labels'][i - 1]:03d}") for i in parts[key]]
+        for path, label in some:
+            yield part, present(path, f"{root}/setid.mat"), label
 
 
 Source = namedtuple("Source", "read images classes metric mean std")  # mean and deviation of RGB in 0..1
-SOURCES = {  # images: of all official parts, [recalled] but for resisc and ucmerced; the other columns are HPT's [code], kids' 2 is not
+SOURCES = {  # images: of all official parts, [recalled] but for resisc and ucmerced; else as in [code], but kids' classes
     "resisc":               Source(scene_lists, 31_500,  45,  "top-1", (.3680, .3810, .3436), (.2035, .1854, .1849)),
     "ucmerced":             Source(scene_lists, 2_100,   21,  "top-1", (.4842, .4901, .4505), (.2180, .2021, .1958)),
     "xview":                Source(xview,       846,     36,  "AUROC", (.3680, .3810, .3436), (.2035, .1854, .1849)),  # as resisc
@@ -366,10 +340,12 @@ SOURCES = {  # images: of all official parts, [recalled] but for resisc and ucme
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 def convert(name, root, out, chip=CHIP):
-    """Reads the dataset `name` at root and writes OUT's three csv files and pretrain.txt -> {part: labelled images}. UserError
-    naming file and line where the dataset is not as expected."""
+    """Reads the dataset `name` at root and writes OUT's three csv files and pretrain.txt -> {part: labelled images}. Of several
+    labels an image, those that occur in all parts are kept: AUROC needs both kinds of images. UserError naming file and line
+    where the dataset is not as expected."""
     out, root = folder(out, root), os.path.abspath(root)
-    names, rows = SOURCES[name].read(root, name, str(out), chip)
+    s, multi = SOURCES[name], SOURCES[name].metric == "AUROC"
+    rows = list(s.read(root, name, str(out), chip))
     parts = {part: [(path, label) for to, path, label in rows if to == part and label is not None] for part in PARTS}
     pretrain = [path for part, path, _ in rows if part != "test"]
     if both := {path for part, path, _ in rows if part == "test"} & set(pretrain):
@@ -377,19 +353,20 @@ def convert(name, root, out, chip=CHIP):
     for part, some in parts.items():
         if not some:
             raise UserError(f"{root} leaves no labelled image for the {part} part; is the dataset complete?")
+    classes = [set().union(*(label if multi else {label} for _, label in some)) for some in parts.values()]
+    names = sorted(set.intersection(*classes) if multi else set.union(*classes))
 
     def write(path, some):
         with open(path, "w", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["path", *(names or ["label"])])
-            writer.writerows([path, *((int(k in label) for k in names) if names else [label])] for path, label in some)
+            writer.writerow(["path", *(names if multi else ["label"])])
+            writer.writerows([path, *((int(k in label) for k in names) if multi else [label])] for path, label in some)
     for part, some in parts.items():
         runs.write_atomic(out / f"{part}.csv", lambda p: write(p, some))
     runs.write_atomic(out / "pretrain.txt", lambda p: p.write_text("".join(f"{path}\n" for path in pretrain)))
-    s, count = SOURCES[name], {part: len(some) for part, some in parts.items()}
-    classes = len(names or {label for some in parts.values() for _, label in some})
-    print(f"{out}: {', '.join(f'{part} {n}' for part, n in count.items())} images, {len(pretrain)} for pre-training, {classes} "
-          f"classes, {s.metric} (the full dataset: {s.images:,} images, HPT: {s.classes} classes)")
+    count = {part: len(some) for part, some in parts.items()}
+    print(f"{out}: {', '.join(f'{part} {n}' for part, n in count.items())} images, {len(pretrain)} for pre-training, "
+          f"{len(names)} classes (HPT: {s.classes}; the whole dataset: {s.images:,} images)")
     return count
 
 
@@ -414,17 +391,17 @@ def pascal_boxes(root, part):
 def bdd_boxes(root, part):
     """The same of BDD's labels with a box2d; iscrowd is what its toolkit ignores: people, vehicles and trailers of no
     class, and crowds."""
-    for file, where, frame in bdd_frames(root, part):
-        with expect("name and labels", file, where, frame):
+    for where, frame in bdd_frames(root, part):
+        with expect("name and labels", where, frame):
             name, labels, found = frame["name"], [v for v in frame.get("labels") or () if v.get("box2d")], []  # lanes have none
         for label in labels:
-            with expect("category and box2d with x1, y1, x2, y2", file, where, label):
+            with expect("category and box2d with x1, y1, x2, y2", where, label):
                 kind = BDD_OLD.get(label["category"], label["category"])
                 ignored = kind in BDD_IGNORED or (label.get("attributes") or {}).get("crowd", False)
                 box = (float(label["box2d"][k]) for k in ("x1", "y1", "x2", "y2"))
                 found.append((BDD_BOXED.index(BDD_IGNORED.get(kind, kind)), ignored, *box))
-        with Image.open(present(f"{root}/images/100k/{part}/{name}", f"{file}, {where}")) as image:
-            yield f"{part}/{name}", image.size, found
+        present(f"{root}/images/100k/{part}/{name}", where)
+        yield f"{part}/{name}", (1280, 720), found  # all images have this size
 
 
 BOXES = {"pascal": (pascal_boxes, voc.VOC_CLASSES[1:], ""), "bdd": (bdd_boxes, BDD_BOXED, "images/100k")}
@@ -434,7 +411,7 @@ def boxes(name, root, out):
     """Writes OUT/train.json and OUT/val.json in COCO's format, and OUT/images as a link to the dataset's. VOC 07+12: trainval and
     test2007; BDD: official train and val."""
     (read, classes, below), out = BOXES[name], folder(out, root)
-    images = Path(present(os.path.join(os.path.abspath(root), below), name))
+    images = present(os.path.join(os.path.abspath(root), below))
     if not (out / "images").exists():
         (out / "images").symlink_to(images)
     elif not os.path.samefile(out / "images", images):
@@ -480,15 +457,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.name:
         return print(table())
-    if not args.out or not os.path.isdir(args.dir):
-        raise UserError(f"give the folder of {args.name} and one to write to: python sources.py {args.name} DIR OUT; without "
-                        "arguments it says what DIR holds" if not args.out else f"there is no folder {args.dir}")
-    if args.chip < 1 or args.boxes and args.name not in BOXES:
-        raise UserError("--chip must be above 0" if args.chip < 1 else f"--boxes is for {' and '.join(BOXES)}, not {args.name}")
+    if not args.out or not os.path.isdir(args.dir) or args.chip < 1:
+        raise UserError(f"give the folder of {args.name}, one to write to, and a --chip above 0: python sources.py {args.name} "
+                        "DIR OUT; without arguments it says what DIR must hold")
+    if args.boxes and args.name not in BOXES:
+        raise UserError(f"--boxes is for {' and '.join(BOXES)}, not {args.name}")
     try:
         boxes(args.name, args.dir, args.out) if args.boxes else convert(args.name, args.dir, args.out, args.chip)
-    except data.BadImage as error:
-        raise UserError(f"{error}; mend or re-download that file")
+    except (data.BadImage, OSError) as error:  # OSError: a folder where a file should be, no rights, no room
+        raise UserError(f"{error}; mend or re-download it")
 
 
 if __name__ == "__main__":
