@@ -35,7 +35,7 @@ from util import UserError, run
 
 PARTS = ("train", "val", "test")
 CHIP = 512  # pixels a side. HPT's are unknown; a comment in its detection code names annotations of xView at 512 [code]
-FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # 5 [code]; which: CheXpert's task
+FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # 5 [code], which [recalled]: its task's
 WEATHER = ("clear", "foggy", "overcast", "partly cloudy", "rainy", "snowy")  # and "undefined", which is no class: 6 [code]
 # The rows of VIPER's classes.csv that its benchmark evaluates, 23 as in HPT's head.
 VIPER = dict(zip((2, 3, 4, *range(6, 21), *range(23, 28)), (
@@ -92,7 +92,7 @@ def each(path, key=""):
             if not key or not (more := f.read(2 ** 20)):
                 raise UserError(f"{path}: holds no json list {key}; python sources.py says what is expected")
             text = text[-100:] + more
-        at = found.end()
+        at, where = found.end(), f"{path}, {key} item" if key else f"{path}, item"
         while True:
             at = re.compile(r"[\s,]*").match(text, at).end()
             if text[at:at + 1] == "]":
@@ -101,16 +101,16 @@ def each(path, key=""):
                 value, at = decode(text, at)
             except ValueError:  # cut off by the end of what has been read, or broken
                 if len(text) - at > 2 ** 26 or not (more := f.read(2 ** 20)):
-                    raise UserError(f"{path}, {key} item {number}: broken or cut off, {text[at:at + 60]!r}; re-download the file")
+                    raise UserError(f"{where} {number}: broken or cut off, {text[at:at + 60]!r}; re-download it")
                 text, at = text[at:] + more, 0
                 continue
-            yield f"{path}, {key} item {number}", value
+            yield f"{where} {number}", value
             number += 1
 
 
-def part_of(part, key, share=10):
+def part_of(part, key, share=10, to="val"):
     """The part that an image goes to: of train, one in `share` keys is val."""
-    return "val" if part == "train" and int(hashlib.sha256(key.encode()).hexdigest(), 16) % share == 0 else part
+    return to if part == "train" and int(hashlib.sha256(key.encode()).hexdigest(), 16) % share == 0 else part
 
 
 def mat(path):
@@ -174,7 +174,7 @@ def xview(root, _, out, chip):
             found[tile][int((y0 + y1) / 2 // chip), int((x0 + x1) / 2 // chip)].add(label)
     chips.mkdir(parents=True, exist_ok=True)
     for tile in tiles:
-        part = "test" if part_of("train", "test/" + tile.name, 5) == "val" else part_of("train", tile.name)
+        part = part_of(part_of("train", f"test/{tile.name}", 5, "test"), tile.name)
         image = data.read_image(tile)
         for r, c in np.ndindex(image.height // chip, image.width // chip):
             path = chips / f"{tile.stem}_{r}_{c}.jpg"
@@ -348,13 +348,14 @@ def convert(name, root, out, chip=CHIP):
     rows = list(s.read(root, name, str(out), chip))
     parts = {part: [(path, label) for to, path, label in rows if to == part and label is not None] for part in PARTS}
     pretrain = [path for part, path, _ in rows if part != "test"]
-    if both := {path for part, path, _ in rows if part == "test"} & set(pretrain):
-        raise UserError(f"{len(both)} images are in test and in another part, first {min(both)}; mend the lists in {root}")
-    for part, some in parts.items():
-        if not some:
-            raise UserError(f"{root} leaves no labelled image for the {part} part; is the dataset complete?")
+    seen = {}
+    for part, path, _ in rows:
+        if seen.setdefault(path, part) != part:
+            raise UserError(f"{path} is in {seen[path]} and in {part}; mend the lists in {root}")
     classes = [set().union(*(label if multi else {label} for _, label in some)) for some in parts.values()]
     names = sorted(set.intersection(*classes) if multi else set.union(*classes))
+    if empty := [part for part, some in parts.items() if not some] or (not names and PARTS):
+        raise UserError(f"{root} leaves no labelled image for {' and '.join(empty)}, or no class in common; is it complete?")
 
     def write(path, some):
         with open(path, "w", newline="") as f:
@@ -371,10 +372,7 @@ def convert(name, root, out, chip=CHIP):
 
 
 def folder(out, root):
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written to ({error.strerror}); give another OUT")
+    Path(out).mkdir(parents=True, exist_ok=True)
     if os.path.samefile(out, root):
         raise UserError(f"{out} is the dataset itself, whose files would be overwritten; give another OUT")
     return Path(os.path.abspath(out))
@@ -389,8 +387,8 @@ def pascal_boxes(root, part):
 
 
 def bdd_boxes(root, part):
-    """The same of BDD's labels with a box2d; iscrowd is what its toolkit ignores: people, vehicles and trailers of no
-    class, and crowds."""
+    """The same of BDD's labels with a box2d; iscrowd is what its toolkit ignores: people, vehicles and trailers of no class, and
+    crowds [recalled]."""
     for where, frame in bdd_frames(root, part):
         with expect("name and labels", where, frame):
             name, labels, found = frame["name"], [v for v in frame.get("labels") or () if v.get("box2d")], []  # lanes have none
@@ -409,7 +407,7 @@ BOXES = {"pascal": (pascal_boxes, voc.VOC_CLASSES[1:], ""), "bdd": (bdd_boxes, B
 
 def boxes(name, root, out):
     """Writes OUT/train.json and OUT/val.json in COCO's format, and OUT/images as a link to the dataset's. VOC 07+12: trainval and
-    test2007; BDD: official train and val."""
+    test2007; BDD: official train and val [code]."""
     (read, classes, below), out = BOXES[name], folder(out, root)
     images = present(os.path.join(os.path.abspath(root), below))
     if not (out / "images").exists():
@@ -464,8 +462,8 @@ def main(argv=None):
         raise UserError(f"--boxes is for {' and '.join(BOXES)}, not {args.name}")
     try:
         boxes(args.name, args.dir, args.out) if args.boxes else convert(args.name, args.dir, args.out, args.chip)
-    except (data.BadImage, OSError) as error:  # OSError: a folder where a file should be, no rights, no room
-        raise UserError(f"{error}; mend or re-download it")
+    except (data.BadImage, OSError) as error:  # OSError: no rights, a folder where a file should be or the other way round
+        raise UserError(f"{error}; check DIR and OUT")
 
 
 if __name__ == "__main__":

@@ -307,20 +307,20 @@ def test_xview(tmp_path):
         parts.setdefault("test" if in_val(f"test/{i}.tif", 5) else "val" if in_val(f"{i}.tif") else "train", f"{i}.tif")
     features = [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0.1, 2]]]}, "properties": {
         "bounds_imcoords": box, "type_id": kind, "image_id": tile, "cat_id": "1040", "feature_id": 3}}
-        for tile in [*parts.values(), "gone.tif"] for kind, box in ((73, "1,1,5,5"), (18, "6,1,13,3"), (75, "0,0,1,1"))]
+        for tile in [*parts.values(), "gone.tif"] for kind, box in ((73, "1,5,5,13"), (18, "6,1,13,3"), (75, "0,0,1,1"))]
     features.append({**features[0], "properties": {**features[0]["properties"], "image_id": parts["train"], "type_id": 94}})
     text(root / "xView_train.geojson", {"type": "FeatureCollection", "crs": {"type": "name"}, "features": features})
     for tile in parts.values():
-        picture(root / "train_images" / tile, (17, 9), (10, 10, 10))
+        picture(root / "train_images" / tile, (17, 17), (10, 10, 10))
         with Image.open(root / "train_images" / tile) as image:
             image.paste((200, 200, 200), (8, 0, 16, 8))
             image.save(root / "train_images" / tile)
     found, _ = converted("xview", root, tmp_path / "out", chip=8)
-    left, right = {"Building": 1, "Small Car": 0}, {"Building": 0, "Small Car": 1}  # Tower, 94, is in one part only
-    for part, tile in parts.items():
-        assert found[part] == {f"chips_8/{tile[:-4]}_0_0.jpg": left, f"chips_8/{tile[:-4]}_0_1.jpg": right}
-        cut = [np.asarray(Image.open(tmp_path / "out" / path)) for path in found[part]]
-        assert [c.shape for c in cut] == [(8, 8, 3)] * 2 and cut[0].mean() < 15 and cut[1].mean() > 195
+    for part, tile in parts.items():  # Tower, 94, is in one part only
+        labels = {"0_0": (0, 0), "0_1": (0, 1), "1_0": (1, 0), "1_1": (0, 0)}
+        assert found[part] == {f"chips_8/{tile[:-4]}_{k}.jpg": dict(zip(("Building", "Small Car"), v)) for k, v in labels.items()}
+        cut = [np.asarray(Image.open(tmp_path / "out" / path)) for path in sorted(found[part])]
+        assert [(c.shape, c.mean() > 100) for c in cut] == [((8, 8, 3), light) for light in (False, True, False, False)]
     text(root / "xView_train.geojson", {"features": [features[0], {"properties": {**features[0]["properties"], "type_id": 14}}]})
     with pytest.raises(UserError, match="xView_train.geojson, features item 2: expected image_id, type_id"):
         sources.convert("xview", root, tmp_path / "out", chip=8)
@@ -348,11 +348,14 @@ def test_malformed_lists_are_named_with_their_line(tmp_path):
         picture(root / f)
     for content, message in (("sketch/cat/a.jpg 0\n\nsketch/cat/b.jpg\n", "sketch_train.txt, line 3: expected sketch/CLASS/FILE"),
                              ("sketch/cat/a.jpg 0\nsketch/cat/gone.jpg 0\n", "sketch_train.txt, line 2: there is no .*gone.jpg"),
-                             ("sketch/cat/a.jpg 0\n", "images are in test and in another part, first .*a.jpg")):
+                             ("sketch/cat/a.jpg 0\n", "a.jpg is in train and in test; mend the lists")):
         text(root / "sketch_train.txt", content)
         text(root / "sketch_test.txt", "sketch/cat/a.jpg 0\n")
         with pytest.raises(UserError, match=message):
             sources.convert("domain_net_sketch", root, out)
+    text(root / "sketch_train.txt", "\n")
+    with pytest.raises(UserError, match="leaves no labelled image for train and val"):
+        sources.convert("domain_net_sketch", root, out)
     assert not list(out.iterdir())  # nothing half done
     with pytest.raises(UserError, match="there is no .*painting_train.txt"):
         sources.convert("domain_net_painting", root, out)
