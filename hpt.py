@@ -390,10 +390,12 @@ def folder_of(source, root):
 
 def image_paths(source, root):
     """Paths (n,) of the images of a source. Of folders with train/ (or train.csv) only those, and those of val/ if there is a
-    test/ too: never what an evaluation reports on."""
+    test/ too: never what an evaluation reports on. Beside train.csv there may be a pretrain.txt that says which."""
     place = folder_of(source, root)
     there = lambda part: os.path.exists(os.path.join(place, part + probe.ending(place)))
     parts = [p for p in ("train", "val")[:1 + there("test")] if there(p)] if there("train") else []
+    if probe.ending(place) and os.path.exists(listed := os.path.join(place, "pretrain.txt")):
+        return data.list_images(listed)
     if probe.ending(place):
         return np.unique(np.concatenate([probe.read_csv(place, part)[0] for part in parts]))
     try:

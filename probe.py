@@ -4,9 +4,10 @@
 
 DIR has train/CLASS, val/CLASS and test/CLASS. Without test/, val/ is what accuracy is reported on, and a tenth of train/, by a
 hash of the files' names, chooses among settings instead.
-For images of several classes DIR has train.csv, val.csv and perhaps test.csv: a header path,NAME1,NAME2,... and a line for each
-image, its path below DIR and 1 or 0 for each class. Blank, -1 and u (unknown, uncertain) count as 0, as HPT does it on CheXpert.
-They are learnt by binary cross-entropy, the mean over images and classes, and scored by the mean area under the ROC curve.
+Or DIR has train.csv, val.csv and perhaps test.csv (sources.py writes them for the paper's datasets), a line for each image: path
+(absolute or below DIR) and label; or, for several classes an image, path,NAME1,NAME2,... with 1 or 0 for each class. Blank, -1
+and u (unknown, uncertain) count as 0, as HPT does it on CheXpert. Several classes are learnt by binary cross-entropy, the mean
+over images and classes, and scored by the mean area under the ROC curve.
 
 Settings follow HPT's released configurations. Fine-tuning: 2,500 steps and 90 epochs, a tenth of the lr from each third on (their
 833 and 1,667; their code, which accumulates over four pieces, reaches these after a quarter of the steps), 256 images a step as
@@ -153,10 +154,14 @@ def ending(root):
 
 def load_csv(root, seed):
     """load() of ROOT/train.csv, val.csv and perhaps test.csv."""
-    *train, names = read_csv(root, "train")
-    split = {part: read_csv(root, part, names)[:2] for part in ("val", "test")
-             if part == "val" or os.path.exists(os.path.join(root, "test.csv"))}
-    parts = "chosen on val.csv, reported on test.csv"
+    found = {part: read_csv(root, part) for part in ("train", "val", "test")
+             if part != "test" or os.path.exists(os.path.join(root, "test.csv"))}
+    names = found["train"][2] or sorted({v for _, labels, _ in found.values() for v in labels})
+    for part, (paths, labels, own) in found.items():
+        if own != found["train"][2]:
+            raise UserError(f"{root}/{part}.csv begins with other columns than train.csv; they must be the same")
+        found[part] = paths, np.array(labels if own else [names.index(v) for v in labels], dtype=np.int64)
+    train, split, parts = found.pop("train"), found, "chosen on val.csv, reported on test.csv"
     if "test" not in split:
         order = hashed_order(below(train[0]), seed)
         held, kept = (np.sort(rows) for rows in np.split(np.array(order), [max(1, round(0.1 * len(order)))]))
@@ -164,32 +169,33 @@ def load_csv(root, seed):
             "training, reported on val.csv"
         train = [v[kept] for v in train]
     for name, (_, labels) in split.items():
-        if not len(labels) or not (labels.min(0) < labels.max(0)).any():
+        if not len(labels) or labels.ndim == 2 and not (labels.min(0) < labels.max(0)).any():
             raise UserError(f"{root} has no class with and without images in the {name} part, {len(labels)} images; nothing "
                             "could be scored. Give more of them")
     return {"train": tuple(train), **{k: tuple(v) for k, v in split.items()}, "names": names, "root": root, "parts": parts}
 
 
-def read_csv(root, part, names=None):
-    """ROOT/PART.csv -> paths (n,) bytes, labels (n, K) int64, class names. names: those it must have."""
+def read_csv(root, part):
+    """ROOT/PART.csv -> paths (n,) bytes; classes, [name] of n or [[0 or 1]] of n x K; names of the K classes, or []."""
     path, paths, labels = os.path.join(root, part + ".csv"), [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            (first, *found), *rows = filter(None, csv.reader(f))
+            (first, *names), *rows = filter(None, csv.reader(f))
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as csv ({error}); it wants a header path,NAME1,NAME2,... and a line an image")
-    if first != "path" or not found or len(set(found)) < len(found) or found != (names or found):
-        raise UserError(f"{path} begins with {','.join([first, *found])[:80]}; it wants path,"
-                        f"{','.join(names or ['NAME1', 'NAME2', '...'])[:80]}")
+        raise UserError(f"{path} cannot be read as csv ({error}); it wants a header path,label or path,NAME1,NAME2,... and a "
+                        "line an image")
+    if first != "path" or not names or len(set(names)) < len(names):
+        raise UserError(f"{path} begins with {','.join([first, *names])[:80]}; it wants path,label or path,NAME1,NAME2,...")
     for line, (name, *values) in enumerate(rows, 2):
-        marks = [MARKS.get(v.strip().lower().removesuffix(".0")) for v in values]
-        if None in marks or len(marks) != len(found):
-            raise UserError(f"{path}, line {line} ({name}): it wants {len(found)} values, each 1, 0, -1, u or blank")
-        paths.append(name)
-        labels.append(marks)
-    data.stay_inside(paths, path, root)
-    return (np.array([os.fsencode(os.path.abspath(os.path.join(root, name))) for name in paths], dtype=np.bytes_),
-            np.array(labels, dtype=np.int64).reshape(-1, len(found)), found)
+        marks = values if names == ["label"] else [MARKS.get(v.strip().lower().removesuffix(".0")) for v in values]
+        if None in marks or len(marks) != len(names) or not name:
+            raise UserError(f"{path}, line {line} ({name}): it wants a path and " + (
+                "the name of a class" if names == ["label"] else f"{len(names)} values, each 1, 0, -1, u or blank"))
+        paths.append(os.fsencode(os.path.abspath(os.path.join(root, name))))
+        labels.append(marks[0] if names == ["label"] else marks)
+    if not rows:
+        raise UserError(f"{path} lists no image; nothing can be learnt or scored")
+    return np.array(paths, dtype=np.bytes_), labels, [] if names == ["label"] else names
 
 
 def check(names, sets, count, seed, stages):

@@ -10,6 +10,7 @@ from PIL import Image
 import backbones
 import hpt
 import probe
+import sources
 import util
 from test_hpt import CPU, folders
 from util import UserError
@@ -198,18 +199,50 @@ def test_lists_of_labels_hold_out_a_tenth_and_keep_what_is_reported_on_apart(col
     assert of() == {"train", "val"}
 
 
+def test_one_class_an_image_may_be_listed_too(colours, tmp_path):
+    folder, sets = tmp_path / "listed", probe.load(str(colours), 0)
+    folder.mkdir()
+    for part in ("train", "val", "test"):  # absolute paths, as sources.py writes them
+        rows = [f"{os.fsdecode(p)},{sets['names'][k]}" for p, k in zip(sets[part][0].tolist(), sets[part][1])]
+        (folder / f"{part}.csv").write_text("\n".join(["path,label", *rows]))
+    listed = probe.load(str(folder), 0)
+    assert listed["names"] == sets["names"] and listed["train"][1].ndim == 1
+    for part in ("train", "val", "test"):
+        assert all((a == b).all() for a, b in zip(listed[part], sets[part]))
+    assert len(hpt.image_paths(str(folder), "")) == len(sets["train"][1]) + len(sets["val"][1])
+    (folder / "pretrain.txt").write_text("\n".join(map(os.fsdecode, sets["train"][0][:5].tolist())))
+    assert len(hpt.image_paths(str(folder), "")) == 5
+
+
+def test_the_papers_datasets_are_read_as_sources_writes_them(tmp_path):
+    for part, count in (("train", 40), ("test", 4)):
+        names = [f"clipart/{kind}/{part}_{i:03d}.jpg" for i in range(count) for kind in ("cat", "dog")]
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+        (tmp_path / f"clipart_{part}.txt").write_text("".join(f"{n} {n.split('/')[1] == 'dog':d}\n" for n in names))
+    sources.convert("domain_net_clipart", tmp_path, tmp_path / "out")
+    sets, stage = probe.load(str(tmp_path / "out"), 0), hpt.image_paths(str(tmp_path / "out"), "").tolist()
+    assert sets["names"] == ["cat", "dog"] and len(sets["test"][1]) == 8
+    assert sum(len(sets[k][1]) for k in ("train", "val")) == 80 == len(stage)
+    for path, label in (row for part in ("train", "val", "test") for row in zip(*sets[part])):
+        assert os.fsdecode(path).split("/")[-2] == sets["names"][label]
+    probe.check(["linear"], sets, 10, 0, [("out", hpt.image_paths(str(tmp_path / "out"), ""))])
+
+
 @pytest.mark.parametrize("text, match", [
     ("", "train.csv cannot be read as csv"), ("file,a\nx.png,1", "begins with file,a; it wants path"),
-    ("path", "begins with path"), ("path,a,a\nx.png,1,1", "begins with path,a,a"), ("path,a\nx.png,2", "line 2 .x.png.: it wants 1 values"),
-    ("path,a,b\nx.png,1", "it wants 2 values"), ("path,a\n../x.png,1", "leaves the image folder"),
-    ("path,b\nx.png,1", "val.csv begins with path,red,warm,violet; it wants path,b"),
+    ("path", "begins with path"), ("path,a,a\nx.png,1,1", "begins with path,a,a"), ("path,a\nx.png,2", "line 2 .x.png.: it wants a path and 1 values"),
+    ("path,a,b\nx.png,1", "it wants a path and 2 values"),
+    ("path,b\nx.png,1", "val.csv begins with other columns than train.csv"), ("path,label\n,cat", "line 2 .*the name of a class"),
+    ("path,a", "train.csv lists no image"),
     ("path,red,warm,violet\nx.png,1,0,0", None)])
 def test_bad_lists_are_one_line(colours, tmp_path, text, match):
     folder = lists(colours, tmp_path, test=False)
     (folder / "train.csv").write_text(text)
     if match is None:  # a validation part in which no class is told from its absence
         (folder / "val.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
-        (folder / "test.csv").write_text("path,red,warm,violet")
+        (folder / "test.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
         match = "no class with and without images in the val part, 1 images"
     with pytest.raises(UserError, match=match) as error:
         probe.load(str(folder), 0)
