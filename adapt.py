@@ -6,14 +6,14 @@ all labels are known, of the target a few per class; its other training images c
     ... --stage both.txt:5000 --eval mme ...              HPT first, on the images of source and target together, as in the paper
 
 S+T trains on the labels of both domains; MME as long, with the entropy of its answers on unlabelled target images besides: the
-S+T trains on the labels of both domains; MME as long, with the entropy of its answers on unlabelled target images besides: the
-used is unknown, as are its seven budgets (here --budgets, target labels per class) and its unlabelled images: here those are the
-target's train part without its labels, and accuracy is that on its test part, which is never trained on (in MME's code, one pool
-is both). A few images of val/ choose the step; the test part is looked at once, in the end.
+last layer is to raise it, all before it is to lower it (minimax entropy). Settings are those of MME's released code. Which ones
+HPT used is unknown, as are its seven budgets (here --budgets, target labels per class) and its unlabelled images: here those are
+the target's train part without its labels, and accuracy is that on its test part, which is never trained on (in MME's code, one
+pool is both). A few images of val/ choose the step; the test part is looked at once, in the end.
 
 Mind when comparing: MME makes two updates where S+T makes one, and its batch norm sees unlabelled target images; both belong to
-the method as released. HPT's EfficientNet-B2 ended in 1408 channels [recalled], that of backbones.py ends in C5's 352. One process
-does the work; the others wait.
+the method as released. HPT's EfficientNet-B2 ended in 1408 channels [recalled], that of backbones.py ends in C5's 352. One
+process does the work; the others wait.
 """
 import copy
 import math
