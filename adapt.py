@@ -40,7 +40,7 @@ VALIDATION, PATIENCE = 3, 5       # images per class; how often in a row they ma
 # most as many labelled and twice as many unlabelled target images.
 SETTINGS = {
     "hpt": dict(steps=50_000, every=500, lr=0.01, slow=0.1, batch=24),  # MME's code, for ImageNet's weights; but for
-    "tiny": dict(steps=400, every=50, lr=0.03, slow=1.0, batch=24),     # this one (two CPU cores, random weights), all recipes'
+    "tiny": dict(steps=400, every=50, lr=0.01, slow=1.0, batch=24),     # this one (two CPU cores, random weights), all recipes
 }
 
 
