@@ -37,9 +37,9 @@ from util import UserError
 T, LAMBDA = 0.05, 0.1
 VALIDATION, PATIENCE = 3, 5       # images per class; how often in a row they may get worse before training ends
 # lr: that of the classifier, the backbone's is `slow` times that; every: steps between validations; batch: source images, and at
-# most as many labelled and twice as many unlabelled target images. "hpt" is MME's code, for ImageNet's weights. "tiny" is ours, for
-# two CPU cores and random weights: lr 0.01, 0.03 and 0.1 were tried with S+T alone (photo -> strokes, 3 labels a class, seed 0;
-# 0.530, 0.513 and 0.18 on all of val/, the last one after 200 steps); steps are what minutes allow, accuracy still rises.
+# most as many labelled and twice as many unlabelled target images. "hpt" is MME's code, for ImageNet's weights. "tiny" is ours,
+# for two CPU cores and random weights: lr 0.01, 0.03 and 0.1 were tried with S+T alone (photo -> strokes, 3 labels a class, seed
+# 0; 0.530, 0.513 and 0.18 on all of val/, the last one after 200 steps); steps are what minutes allow, accuracy still rises.
 SETTINGS = {  # of hpt.py's recipes; others as "hpt"
     "hpt": dict(steps=50_000, every=500, lr=0.01, slow=0.1, batch=24),
     "tiny": dict(steps=400, every=50, lr=0.01, slow=1.0, batch=24),
