@@ -20,6 +20,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -166,9 +167,10 @@ def shots(images, count, seed):
     smaller count are among those of a larger."""
     paths, labels = images
     order = probe.hashed_order([b"/".join(p.split(b"/")[-2:]) for p in paths.tolist()], seed)
-    chosen = np.zeros(len(paths), dtype=bool)
-    for k in np.unique(labels):
-        chosen[[i for i in order if labels[i] == k][:count]] = True
+    chosen, found = np.zeros(len(paths), dtype=bool), Counter()
+    for i in order:
+        chosen[i] = found[labels[i]] < count
+        found[labels[i]] += 1
     return (paths[chosen], labels[chosen]), (paths[~chosen], labels[~chosen])
 
 
@@ -181,9 +183,9 @@ def load(source, target, budgets, seed):
         raise UserError(f"--source {source} and --data {target['root']} have other classes (in only one of them: "
                         f"{', '.join(odd[:5])}); give both the same class folders")
     paths = [images.path(i) for i in range(len(images))]
-    scored = {os.path.realpath(os.fsdecode(p)) for part in ("val", "test") for p in target[part][0].tolist()}
-    if shared := sum(os.path.realpath(p) in scored for p in paths):
-        raise UserError(f"{shared} images of --source {source} are images that --data {target['root']} is scored on; give others")
+    theirs = {os.path.realpath(os.fsdecode(p)) for part in ("train", "val", "test") for p in target[part][0].tolist()}
+    if shared := sum(os.path.realpath(p) in theirs for p in paths):
+        raise UserError(f"{shared} images of --source {source} are also images of --data {target['root']}; give two domains")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", budgets):
         raise UserError(f"--budgets {budgets} is no list of numbers; give target labels per class, as in 1,3,10")
     few = {n: shots(target["train"], n, seed) for n in sorted(set(map(int, budgets.split(","))))}

@@ -227,7 +227,8 @@ def test_what_does_not_fit_is_refused_in_one_line(domains, tmp_path):
     (linked / "train/red/x.png").symlink_to(domains[1] / "test/red/0.png")
     s, t, argv = *map(str, domains), [*TINY, "--eval", "mme", "--out", str(tmp_path)]
     for source, target, budgets, text in (
-            (other, t, "1", "other classes .*pink, red"), (linked, t, "1", "1 images of --source .* scored on"),
+            (other, t, "1", "other classes .*pink, red"), (t, t, "1", "27 images of --source"),
+            (linked, t, "1", "1 images of --source .* are also images of --data"),
             (s, t, "1,x", "--budgets 1,x is no list"), (s, t, "9", "--budgets 9 is too large.* 9 training images of blue"),
             (s + "/none", t, "1", "no folder .*none/train")):
         with pytest.raises(UserError, match=text) as refused:
