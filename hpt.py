@@ -3,6 +3,7 @@ MoCo v2 (Chen et al. 2020), starting from a backbone that is pre-trained already
 
     python hpt.py                               on the embedded domains: Base, Target, HPT, HPT-BN; some minutes on two cores
     python hpt.py --recipe hpt --init moco_v2_800ep_pretrain.pth.tar --stage DIR:5000 --eval linear --out runs/hpt
+    python hpt.py --init runs/base/1_all_photo/backbone.pt --eval mme --source photo --data sketch --out runs/mme    (adapt.py)
     python hpt.py --stage photo:600 --stage sketch:200:bn --eval linear,knn --out runs/chain          base, then target (HPT-BN)
     torchrun --nproc_per_node 4 hpt.py --recipe hpt ...
 
@@ -40,6 +41,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import adapt
 import augment
 import backbones
 import data
@@ -105,6 +107,8 @@ class Config:
     data: str = ""
     labels: int = 1000
     augmented: bool = False
+    source: str = ""
+    budgets: str = "1,3,10"
     precision: str = "auto"
     device: str = "auto"
     workers: int = -1
@@ -130,11 +134,13 @@ HELP = {
         "views": f"{{{'|'.join(VIEWS)}}} all that the recipe does to them, or less: every crop stays random",
         "fraction": "of every stage's images to use, a batch or more; those of a smaller one are among those of a larger"},
     "evaluation": {
-        "eval": "any of linear,finetune,knn, of the last backbone, on --data",
+        "eval": "any of linear,finetune,knn,mme, of the last backbone, on --data",
         "data": "folder with train/CLASS, val/CLASS and perhaps test/CLASS, or with train.csv and so on (see probe.py), or an "
                 "embedded domain; default: the last stage's",
         "labels": "of finetune",
-        "augmented": "linear on random crops and flips, as in the paper, instead of on stored features: slower"},
+        "augmented": "linear on random crops and flips, as in the paper, instead of on stored features: slower",
+        "source": "of mme: the labelled domain, a folder with train/CLASS or an embedded one; --data is the target",
+        "budgets": "of mme: target labels per class"},
     "machine": {
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware multiplies it natively",
         "device": "{auto|cpu|cuda}",
@@ -507,8 +513,10 @@ def settings(flags, ranks):
     if c["method"] == "moco" and c["queue"] % c["batch"]:
         raise UserError(f"--queue {c['queue']} is no multiple of the batch, {c['batch']}; give e.g. --queue "
                         f"{max(1, round(c['queue'] / c['batch'])) * c['batch']}")
-    if odd := set(filter(None, flags.eval.split(","))) - probe.EVALUATIONS.keys():
-        raise UserError(f"--eval {sorted(odd)[0]} is unknown; give any of {','.join(probe.EVALUATIONS)}")
+    if odd := set(filter(None, flags.eval.split(","))) - {*probe.EVALUATIONS, "mme"}:
+        raise UserError(f"--eval {sorted(odd)[0]} is unknown; give any of {','.join(probe.EVALUATIONS)},mme")
+    if bool(flags.source) != ("mme" in flags.eval.split(",")):
+        raise UserError("--eval mme and --source go together: the labelled domain, a folder with train/CLASS or an embedded one")
     return c
 
 
@@ -526,6 +534,8 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
     if evals:  # whatever cannot work fails now, not after the last stage
         sets = probe.load(util.rank0_first(lambda: folder_of(target, flags.root)), flags.seed)
         probe.check(evals, sets, flags.labels, flags.seed, [(source, paths) for source, _, _, paths in todo])
+    domains = adapt.load(util.rank0_first(lambda: folder_of(flags.source, flags.root)), sets, flags.budgets,
+                         flags.seed) if "mme" in evals else None
     load(backbones.build(c["backbone"]), init)
     util.rank0_first(lambda: runs.claim(out))
     log, results, init_digest = util.Log(out / "log.jsonl", rank), {}, util.rank0_first(lambda: digest(init))
@@ -538,9 +548,11 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
         torch.manual_seed(flags.seed)
         backbone = backbones.build(c["backbone"])
         load(backbone, str(init))
-        results[name] = util.rank0_first(lambda: probe.evaluated(
-            name, out / f"{name}_{slug(target)}", backbone, init_digest, sets, {**c, "labels": flags.labels,
-            "augmented": flags.augmented, "seed": flags.seed, "workers": flags.workers}, run, log))
+        more = {**c, **{k: getattr(flags, k) for k in ("recipe", "labels", "augmented", "seed", "workers")}}
+        results[name] = util.rank0_first(
+            lambda: adapt.mme(out / f"mme_{slug(flags.source)}_{slug(target)}", backbone, init_digest, domains, more, run, log)
+            if name == "mme" else
+            probe.evaluated(name, out / f"{name}_{slug(target)}", backbone, init_digest, sets, more, run, log))
     if rank == 0:
         runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "init": flags.init, "data": target})
         log.say(f"written: {out}/results.json" + (f", {init}" if todo else ""))
