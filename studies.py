@@ -9,7 +9,6 @@
 # S4 3,000 did not seem to (42, 68; 44, 70 after 800 more; 46, 72 after 2,000), so the paper's studies under S4 are done under S1
 # here; over three seeds the control gains no more under S4 than under S1, but labels matter less there (table2-20). One scale: the
 # paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it on a CPU.
-# paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it on a CPU.
 SETTINGS = {
     ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",
     ("shapes", "seg"): "--student-steps 800 --scales 1 --eval-every 300",
