@@ -553,6 +553,8 @@ def pipeline(out, init, stages, evals, target, c, flags, run):
             lambda: adapt.mme(out / f"mme_{slug(flags.source)}_{slug(target)}", backbone, init_digest, domains, more, run, log)
             if name == "mme" else
             probe.evaluated(name, out / f"{name}_{slug(target)}", backbone, init_digest, sets, more, run, log))
+        results.update({f"{way}, {row['budget']}": {"accuracy": row[way]} for row in results[name].get("budgets", ())
+                        for way in ("S+T", "MME")})
     if rank == 0:
         runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "init": flags.init, "data": target})
         log.say(f"written: {out}/results.json" + (f", {init}" if todo else ""))

@@ -4,10 +4,10 @@
 
 DIR has train/CLASS, val/CLASS and test/CLASS. Without test/, val/ is what accuracy is reported on, and a tenth of train/, by a
 hash of the files' names, chooses among settings instead.
-Or DIR has train.csv, val.csv and perhaps test.csv (sources.py writes them for the paper's datasets), a line for each image: path
-(absolute or below DIR) and label; or, for several classes an image, path,NAME1,NAME2,... with 1 or 0 for each class. Blank, -1
-and u (unknown, uncertain) count as 0, as HPT does it on CheXpert. Several classes are learnt by binary cross-entropy, the mean
-over images and classes, and scored by the mean area under the ROC curve.
+Or DIR has train.csv, val.csv and perhaps test.csv (sources.py writes them for the paper's datasets): the header path,label and a
+line for each image, its path (absolute or below DIR) and its class; or, for several classes an image, the header
+path,NAME1,NAME2,... and 1 or 0 for each. Blank, -1 and u (unknown, uncertain) count as 0, as HPT does it on CheXpert. Several
+classes are learnt by binary cross-entropy, the mean over images and classes, and scored by the mean area under the ROC curve.
 
 Settings follow HPT's released configurations. Fine-tuning: 2,500 steps and 90 epochs, a tenth of the lr from each third on (their
 833 and 1,667; their code, which accumulates over four pieces, reaches these after a quarter of the steps), 256 images a step as
@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import math
 import os
+import time
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ import runs
 from util import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation of RGB in 0..1
-LRS = (0.3, 3, 30)            # of the linear probe, at 512 images a step; the best by validation counts, as in the paper
+LRS = (0.3, 3, 30)            # of the linear probe, at 512 images a step; the best by validation counts (in their code, by test)
 TUNE_LRS = (0.01, 0.001)      # of fine-tuning; a hundred times that for the new layer
 LINEAR_BATCH = 512
 NEIGHBOURS, NEIGHBOUR_T = 20, 0.07  # weighted votes of Wu et al. 2018 [recalled], with fewer neighbours
@@ -156,19 +157,20 @@ def load_csv(root, seed):
     """load() of ROOT/train.csv, val.csv and perhaps test.csv."""
     found = {part: read_csv(root, part) for part in ("train", "val", "test")
              if part != "test" or os.path.exists(os.path.join(root, "test.csv"))}
-    names = found["train"][2] or sorted({v for _, labels, _ in found.values() for v in labels})
+    columns = found["train"][2]
+    names = columns or sorted({v for _, labels, _ in found.values() for v in labels})
     for part, (paths, labels, own) in found.items():
-        if own != found["train"][2]:
+        if own != columns:
             raise UserError(f"{root}/{part}.csv begins with other columns than train.csv; they must be the same")
         found[part] = paths, np.array(labels if own else [names.index(v) for v in labels], dtype=np.int64)
     train, split, parts = found.pop("train"), found, "chosen on val.csv, reported on test.csv"
     if "test" not in split:
         order = hashed_order(below(train[0]), seed)
-        held, kept = (np.sort(rows) for rows in np.split(np.array(order), [max(1, round(0.1 * len(order)))]))
+        held, kept = (np.sort(rows) for rows in np.split(np.array(order, dtype=int), [max(1, round(0.1 * len(order)))]))
         split, parts = {"val": [v[held] for v in train], "test": split["val"]}, "chosen on a tenth of train.csv, held out of " \
             "training, reported on val.csv"
         train = [v[kept] for v in train]
-    for name, (_, labels) in split.items():
+    for name, (_, labels) in {"train": train, **split}.items():
         if not len(labels) or labels.ndim == 2 and not (labels.min(0) < labels.max(0)).any():
             raise UserError(f"{root} has no class with and without images in the {name} part, {len(labels)} images; nothing "
                             "could be scored. Give more of them")
@@ -206,9 +208,10 @@ def check(names, sets, count, seed, stages):
     if "finetune" in names:
         few_labels(sets["train"], min(count, len(sets["train"][1])), seed)
     tested = set(map(os.path.realpath, sets["test"][0].tolist()))
-    for source, paths in stages:
+    for source, paths in [*((f"--stage {source}", paths) for source, paths in stages),
+                          *((f"the {part} part of {sets['root']}", sets[part][0]) for part in ("train", "val"))]:
         if found := [p for p in paths.tolist() if os.path.realpath(p) in tested]:
-            raise UserError(f"--stage {source} has {len(found)} images that --data reports on, first {os.fsdecode(found[0])}; "
+            raise UserError(f"{source} has {len(found)} images that --data reports on, first {os.fsdecode(found[0])}; "
                             "take them out of its list, or give a folder without them")
 
 
@@ -387,7 +390,7 @@ def evaluated(name, folder, backbone, weights, sets, c, run, log):
     if result := runs.stage(folder, deps):
         log.say(f"{folder}: finished before, {metric} {result[metric]:.3f}")
         return result
-    pixels = measure(sets["train"][0]) if c["pixels"] == "source" else IMAGENET
+    pixels, began = measure(sets["train"][0]) if c["pixels"] == "source" else IMAGENET, time.time()
     backbone.to(run[2], memory_format=torch.channels_last)
     result = EVALUATIONS[name](backbone, sets, pixels, c, run, log)
     chosen = ", ".join(f"{k} {result[k]}" for k in ("lr", "features", "steps", "labels") if k in result)
@@ -396,5 +399,5 @@ def evaluated(name, folder, backbone, weights, sets, c, run, log):
                 + ", ".join(result["undefined"]))
     log.say(f"{folder}: {name} {metric} {result[metric]:.3f} on {len(sets['test'][1])} images of {len(sets['names'])} classes"
             + (f" ({chosen}; {result['validation']:.3f} on {len(sets['val'][1])} for validation)" if chosen else ""))
-    return runs.finish(folder, deps, {**result, "parts": sets["parts"],
+    return runs.finish(folder, deps, {**result, "parts": sets["parts"], "seconds": round(time.time() - began, 1),
                                       "images": {k: len(sets[k][1]) for k in ("train", "val", "test")}})

@@ -62,7 +62,7 @@ RECIPES = {
                              lr=0.30, steps=185_200, student_steps=185_200, warmup_from=0.0067 / 0.30,
                              drops=(171_310 / 185_200, 180_570 / 185_200)),
     # ours: a plain FPN down to stride 4. seg-tiny: lr and steps (with the size of the objects, and how many have labels) by one
-    # criterion, that labels are what limits a supervised net; see study.SETTINGS. seg-fine: a class for every single pixel, for
+    # criterion, that labels are what limits a supervised net; see studies.SETTINGS. seg-fine: a class for every single pixel, for
     # objects and outlines a few pixels wide.
     "seg-tiny": dict(SEG, image_size=64, batch=16, ref_batch=16, steps=3000, student_steps=800, lr=4.2e-3, width=64, stride=4),
     "seg-fine": dict(SEG, image_size=256, width=32, stride=1),

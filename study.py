@@ -5,7 +5,7 @@ And those of Reed et al. 2022 (HPT), as grids of hpt.py runs. What is run stands
     python study.py table2 --seeds 3 --task seg --only S1   the others: table4 table7 pascal alpha threshold student-init regime
     python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
     python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet -- --backbone resnet18 --image-size 256
-    python study.py hpt-linear --seeds 3                    HPT: also hpt-semi hpt-chain hpt-augment hpt-fraction
+    python study.py hpt-linear --seeds 3                    HPT: also hpt-semi hpt-chain hpt-augment hpt-fraction hpt-mme
     python study.py findings                                verdicts on the findings from the results of the studies
 
 A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
@@ -48,11 +48,12 @@ PROGRAMS = {name: [sys.executable, str(Path(__file__).with_name(f"{name}.py"))] 
 POLL = 0.2  # seconds between looks at the runs
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
 METRIC = {"det": "AP", "seg": "mIoU", "hpt": "accuracy"}
+START = re.compile(r"(pre|pre\+\+|simclr|base|chain)=")  # what --init may name
 
 # Flags of st.py and hpt.py that pre-training shares with what starts from it; and those that are for studies alone to give.
 NETWORK = ("backbone", "norm", "device", "precision", "workers", "compile")
 OWN = ("program", "task", "data", "root", "out", "seed", "recipe", "labeled", "split", "unlabeled", "joint", "init", "ckpt",
-       "mode", "control", "dry_run", "stage", "eval")
+       "mode", "control", "dry_run", "stage", "eval", "source", "budgets")
 
 
 # ---- from a table to runs ----------------------------------------------------------------------------------------
@@ -61,10 +62,15 @@ class Missing(Exception):
     """What a cell needs and the command does not give."""
 
 
+def ours(o):
+    """The module whose flags and recipes a study is about."""
+    return hpt if o.name.startswith("hpt-") else recipes
+
+
 def words(o):
     """What the {words} of the tables mean with options o. What is missing here leaves its cells empty."""
-    given = dict((("base=" if o.task == "hpt" else "pre=") + text if not re.match(r"(pre|pre\+\+|simclr|base|chain)=", text)
-                  else text).split("=", 1) for text in o.init)
+    usual = "base" if o.task == "hpt" else "pre"
+    given = dict((text if START.match(text) else f"{usual}={text}").split("=", 1) for text in o.init)
     w = {"few": "--labeled 0.2", "all": "--labeled 1", "rest": "", "labeled": o.labeled}
     w.update({f"s{k}": f"--aug s{k}" for k in (1, 2, 3, 4)}, aug="--aug s4")
     w.update(studies.AUG.get((o.world, o.task), {}))
@@ -95,7 +101,8 @@ def parse(text, row=None):
             flags[name] = value or True
         else:
             flags[name] = word
-    usual = {} if row is None else {"alpha": "1", "student_init": "teacher", "threshold": row.get("threshold")}
+    usual = {} if row is None else {"alpha": "1", "student_init": "teacher", "threshold": row.get("threshold"),
+                                    "views": "baseline", "fraction": "1"}
     return {k: flags[k] for k in sorted(flags) if flags[k] != usual.get(k)}
 
 
@@ -113,10 +120,11 @@ def source(value):
 def basis(flags):
     """Hash of what a run depends on besides its flags: the recipe's row and the embedded world as they stand in the code, the
     weights it starts from as they are on disk."""
-    row = recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
+    row = hpt.RECIPES[flags["recipe"]] if "program" in flags else \
+        recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
     init = Path(backbones.split_source(flags.get("init", "random"))[1])
     init = runs.newest(init)[0] or init if init.is_dir() else init
-    return runs.digest([row, world.VERSION if flags.get("data", "shapes") == "shapes" else 0,
+    return runs.digest([row, world.VERSION if "program" in flags or flags["data"] == "shapes" else 0,
                         file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
 
 
@@ -139,20 +147,20 @@ def plan(study, o):
     """
     word, cells, found, theirs = words(o), [], {}, parse(shlex.join(o.flags))
 
-    def add(text, task, world_, start):
-        root, task = f"--root {shlex.quote(o.root)}", "hpt" if "program" in parse(text) else task
-        mine = task == o.task
-        if task == "hpt":
-            common, known = f"{root} {studies.SETTINGS['hpt'] if mine else ''}", hpt.Config.__dataclass_fields__
+    def add(text, task, world_, start, mine=True):
+        root = f"--root {shlex.quote(o.root)}"
+        if "program" in parse(text):
+            common, known = f"{root} {studies.SETTINGS['hpt'] if mine else '--recipe tiny'}", hpt.Config.__dataclass_fields__
+            common += f" --recipe {o.recipe}" * bool(o.recipe and o.task == "hpt")
         else:
             frozen = studies.SETTINGS[o.name if o.name == "yours" else (world_, task)]
             common, known = f"--task {task} --data {world_} {root} {frozen}", recipes.Config.__dataclass_fields__
         if mine:
-            common += f" {'--recipe ' + o.recipe if o.recipe else ''} {shlex.join(o.flags)}"
+            common += f" --recipe {o.recipe}" * bool(o.recipe) + " " + shlex.join(o.flags)
             if both := parse(text).keys() & theirs.keys():
                 raise UserError(f"--{min(both).replace('_', '-')} after -- is what {o.name} varies; leave it out")
         else:  # pre-training, of the same network
-            network = {"backbone": recipes.RECIPES[o.recipe]["backbone"]} if o.recipe else {}
+            network = {"backbone": ours(o).RECIPES[o.recipe]["backbone"]} if o.recipe else {}
             common += " " + shlex.join(unparse({k: v for k, v in {**network, **theirs}.items() if k in NETWORK and k in known}))
         row = recipes.RECIPES.get(parse(common).get("recipe") or recipes.TASKS.get(task), {})
         flags = parse(f"{common} {text}", row)
@@ -164,7 +172,7 @@ def plan(study, o):
         for name in re.findall(r"{(.*?)}", text):
             if name not in word and name in studies.PRETRAINING and o.world == "shapes":
                 place, flags = studies.PRETRAINING[name]
-                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name)}/{place}"
+                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name, False)}/{place}"
             if name not in word:
                 how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint DIR",
                        "pre": "weights: --init FILE"}
@@ -173,7 +181,8 @@ def plan(study, o):
         return text
     for row, (stage, flags, numbers) in study["rows"].items():
         for k, (column, more) in enumerate(study["columns"].items()):
-            cell = {"row": row, "column": column, "stage": stage, "paper": numbers[k] if numbers else None}
+            cell = {"row": row, "column": column, "stage": stage.replace("{column}", column),
+                    "paper": numbers[k] if numbers else None}
             try:
                 cell["run"] = add(fill(f"{flags} {more}".replace("{column}", column)), o.task, o.world, f"{o.task}-{o.world}")
             except Missing as error:
@@ -245,7 +254,7 @@ def alone(out):
 
 
 def launch(out, name, seed, flags, slot, jobs):
-    """Starts a run of st.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute().
+    """Starts a run of st.py or hpt.py, its output going to run.log. It ignores ^C, which reaches a whole terminal: see execute().
     -> the process, how long run.log was before."""
     folder = out / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -382,38 +391,42 @@ def arguments(argv):
     add("--labeled", default="", help="yours: fraction of the labels to use [0.2]")
     add("--joint", default="", help="class folders (ImageNet) for joint training, as st.py's --joint")
     add("--init", nargs="+", default=[], metavar="[NAME=]WEIGHTS", help="for pre (where no name is given), pre++ and "
-        "simclr, as st.py's --init; the embedded world's pre and pre++ are trained here otherwise")
+        "simclr, in hpt-* for base (the same) and chain, as st.py's --init; otherwise trained here, on the embedded world")
     add("--recipe", help="row of recipes.py for every run")
     add("--only", nargs="+", default=[], metavar="TEXT", help="start only the runs of these rows and columns; several of either")
     add("--jobs", type=int, default=0, help="runs side by side [one per GPU, or per core]")
     add("--out", default="runs/study", help="folder of the runs [runs/study]")
     add("--results", default="results", help="folder of the tables [results]")
     o = parser.parse_args(own.split("\0") if own else [])
-    o.flags, ours = passed.split("\0") if passed else [], hpt if o.name.startswith("hpt-") else recipes
-    if ours is hpt and (o.task or o.world != "shapes"):
-        raise UserError(f"{o.name} runs hpt.py on the embedded domains; leave out --task and --world, or run hpt.py itself")
-    o.task = "hpt" if ours is hpt else o.task or ("seg" if o.world == "voc" else "det")
+    o.flags, program = passed.split("\0") if passed else [], ours(o)
+    if program is hpt and (o.task or o.world != "shapes" or o.unlabeled or o.joint):
+        raise UserError(f"{o.name} runs hpt.py on the embedded domains; leave out --task, --world, --unlabeled and --joint, or "
+                        "run hpt.py itself")
+    o.task = "hpt" if program is hpt else o.task or ("seg" if o.world == "voc" else "det")
+    starts = ("base", "chain") if program is hpt else ("pre", "pre++", "simclr")
     o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
     o.results, o.out = Path(o.results), Path(o.out)
     study, after = studies.STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
     for wrong, line in (
             (o.seeds < 1 or o.jobs < 1, f"--seeds {o.seeds} and --jobs {o.jobs} must be 1 or more"),
-            (o.recipe and o.recipe not in ours.RECIPES,
-             f"--recipe {o.recipe} does not exist; there are {', '.join(ours.RECIPES)}"),
+            (o.recipe and o.recipe not in program.RECIPES,
+             f"--recipe {o.recipe} does not exist; there are {', '.join(program.RECIPES)}"),
             (o.labeled and o.name != "yours", f"--labeled is for yours; {o.name} says itself how many labels each cell has"),
             (o.name == "yours" and o.world == "shapes", "yours is for your own images: give --data coco or voc and --root DIR"),
+            (other := [m[1] for text in o.init if (m := START.match(text)) and m[1] not in starts],
+             f"--init {' '.join(other)}=...: {o.name} has no such start; it has {', '.join(starts)}"),
             (not all(text.rpartition("=")[2] for text in o.init), f"--init {' '.join(o.init)} lacks weights: NAME=FILE"),
             (own := [k for k in after if k in OWN],
              f"{' '.join(unparse(dict.fromkeys(own, True)))} after --: the study sets that, or its own flag before the -- does"),
-            (odd := [k for k in after if k not in ours.Config.__dataclass_fields__ or not after[k]],
-             f"-- {shlex.join(o.flags)}: {'hpt' if ours is hpt else 'st'}.py has no flag --{''.join(odd[:1]).replace('_', '-')}, "
-             "or it lacks its value"),
+            (odd := [k for k in after if k not in program.Config.__dataclass_fields__ or not after[k]],
+             f"-- {shlex.join(o.flags)}: {'hpt' if program is hpt else 'st'}.py has no flag "
+             f"--{''.join(odd[:1]).replace('_', '-')}, or it lacks its value"),
             (set(o.only) - {*study["rows"], *study["columns"]},
              f"--only {' '.join(o.only)}: {o.name} has only {'; '.join([*study['rows'], *study['columns']])}")):
         if wrong:
             raise UserError(line)
     o.labeled = o.labeled or "0.2"
-    if ours is recipes:
+    if program is recipes:
         recipes.check_data(o.world, o.task)
     return o
 
@@ -429,7 +442,10 @@ def check(flags):
     """UserError for what the run would refuse, hours later if it starts late."""
     if "program" in flags:
         argv = unparse({k: v for k, v in flags.items() if k != "program"})
-        hpt.settings(util.parse_flags(hpt.Config, "", hpt.HELP, argv), 1)
+        parsed = util.parse_flags(hpt.Config, "", hpt.HELP, argv)
+        c = hpt.settings(parsed, 1)
+        if not source(parsed.init)[0]:
+            hpt.load(backbones.build(c["backbone"]), parsed.init)
         return
     ours = source(flags.get("init"))[0]  # another run has yet to make these weights
     argv = unparse({**flags, "init": "imagenet"} if ours else flags)
@@ -444,8 +460,10 @@ def check(flags):
 def draw(o, planned):
     """Draws what these runs read of the embedded world, once, before several look for it."""
     own, root = o.world == "shapes", o.root if o.world == "shapes" else recipes.Config.root
+    def named(flags):
+        return [str(flags.get(k)).split(":")[0] for k in ("stage", "data", "source")]
     for part, task in (("det", "det"), ("seg", "seg"), ("single", "cls"), ("unlabeled", ""), *((d, "") for d in world.DOMAINS)):
-        if any(own and (flags.get("task") == task or f"{flags.get('stage')}:".startswith(f"{part}:")
+        if any(own and (flags.get("task") == task or part in named(flags)
                         or f"{flags.get('unlabeled')}/".startswith(f"{root}/{part}/"))
                or part == "single" and flags.get("joint") == "shapes" for flags in planned):
             data.embedded(root, part)
@@ -470,8 +488,9 @@ def main(argv=None):
     cells, found = plan(study, o)
     rows, columns = (set(o.only) & set(study[k]) or set(study[k]) for k in ("rows", "columns"))
     chosen = [c["run"] for c in cells if "run" in c and c["row"] in rows and c["column"] in columns]
-    sources = [source(v)[0] for name in chosen for v in found[name].values()]
-    started = {name: flags for name, flags in found.items() if name in chosen or name in sources}
+    for name in reversed(found):  # what others start from stands before them
+        chosen += [source(v)[0] for v in found[name].values() if name in chosen]
+    started = {name: flags for name, flags in found.items() if name in chosen}
     before = [flags for name, flags in started.items()
               if not all((o.out / name / f"seed{s}/results.json").exists() for s in range(o.seeds))]
     for flags in before:

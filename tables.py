@@ -133,15 +133,16 @@ def markdown(r):
         ours = (f"{c['mean']:.1f}" + (f" ± {c['sd']:.1f}" if c["n"] > 1 else "") + f" ({c['n']})") if c["n"] else ""
         return ", ".join(filter(None, [ours, curve, f"paper {c['paper']}" if c["paper"] else ""]))
     lines = [f"# {r['title']}", "",
-             f"{r['metric']} in percent, mean ± standard deviation (seeds), of {r['world']}, {r['task']}. The paper's numbers "
-             "are of other data and networks: compare differences.", "",
+             f"{r['metric']} in percent, mean ± standard deviation (seeds), of {r['world']}, {r['task']}."
+             + " The paper's are of other data and networks: compare differences." * any(c["paper"] for c in r["cells"]), "",
              "| |" + "".join(f" {c} |" for c in r["columns"]), "|" + "---|" * (len(r["columns"]) + 1)]
     lines += [f"| {row} |" + "".join(f" {text(cells[row, c])} |" for c in r["columns"]) for row in r["rows"]]
     lines += ["", "longer: the control, trained on labels alone for as many steps, and images a step, as the student. still "
               "rising: gained more than a point in the last fifth of its steps, so it was cut short."] * (r["task"] != "hpt")
-    flags = [r["runs"][name].split(" --") for name in dict.fromkeys(c["run"] for c in r["cells"] if c.get("run") in r["runs"])]
+    names = dict.fromkeys(c["run"] for c in r["cells"] if c.get("run") in r["runs"])
+    flags = [f" {r['runs'][name]}".split(" --")[1:] for name in names]
     if shared := [f for f in (flags or [[]])[0] if all(f in other for other in flags)]:
-        lines += ["", f"Flags that every cell has (all flags: see the .json): `{' --'.join(shared)}`"]
+        lines += ["", f"Flags that every cell has (all flags: see the .json): `--{' --'.join(shared)}`"]
     if r["differences"]:
         lines += ["", "| difference, paired by seed | at | mean (95% interval) | seeds |", "|---|---|---|---|"]
         lines += [f"| {d['what']} | {d['at']} | {signed(d)} | {d['n']} |" for d in r["differences"]]

@@ -16,7 +16,7 @@ and say nothing about it. Each part has its own mix of backgrounds: pools relate
 Object sizes, rotations, fills and contrast were set once, by how fast a purely supervised detector learns on `det` in a
 few minutes of CPU: three settings were tried, on supervised AP alone, before any self-training result was looked at.
 They have been frozen since, and are not tuned to make a method win. Those of `seg` are by another criterion, that labels and not
-steps limit a supervised net (see study.SETTINGS); students were trained in some of these trials, and seen.
+steps limit a supervised net (see studies.SETTINGS); students were trained in some of these trials, and seen.
 
 An image is a function of (seed, split, index) alone; another Pillow or numpy release may move a few pixels. What is
 written is plain JPEG, COCO json and PASCAL VOC masks, which are read by the same code as the real data sets. Not imitated:

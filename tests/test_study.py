@@ -57,7 +57,9 @@ if "--stage" in args:  # hpt.py
     folder = out / f"1_{mode if mode == 'stats' else 'bn' if mode.endswith('bn') else 'all'}_{source}"
     folder.mkdir(exist_ok=True)
     (folder / "backbone.pt").touch()
+if "--stage" in args or "--eval" in args:
     stages = args[args.index("--eval") + 1].split(",") if "--eval" in args else []
+    stages = [f"{way}, {n}" for n in (1, 3, 10) for way in ("S+T", "MME")] if stages == ["mme"] else stages
 for stage in stages:
     path = out / stage / "stage.json"
     if not path.exists():
@@ -162,8 +164,17 @@ def test_a_chain_of_hpt_is_shared_by_its_studies(stub, tmp_path):
     assert all(c["n"] == 1 for some in cells.values() for c in some)
     assert cells["hpt-linear"][0]["values"] != cells["hpt-semi"][0]["values"]
     hpt_400, chain = ({c["column"]: c["values"] for c in cells[n] if c["row"] == row}
-                      for n, row in (("hpt-linear", "HPT, 400"), ("hpt-chain", "B+T")))
+                      for n, row in (("hpt-semi", "HPT, 400"), ("hpt-chain", "B+T")))
     assert hpt_400 == chain and "rising" not in (tmp_path / "results/hpt-linear.md").read_text()
+
+
+def test_budgets_of_mme_are_columns_of_one_run(stub, tmp_path):
+    lines = stub("hpt-mme", "--seeds", 1)
+    assert len({w[1] for w in lines}) == 4  # base, chain, and both with its own start
+    cells = {(c["row"], c["column"]): c for c in json.loads((tmp_path / "results/hpt-mme.json").read_text())["cells"]}
+    assert len(cells) == 12 and all(c["n"] == 1 for c in cells.values())
+    assert len({c["run"] for (row, _), c in cells.items() if row.startswith("HPT")}) == 1
+    assert len({c["stage"] for c in cells.values()}) == 6
 
 
 def test_failures_are_named_and_everything_else_is_carried_on(stub, tmp_path, monkeypatch, capsys):
@@ -396,6 +407,8 @@ def test_yours_ends_in_a_sentence(stub, tmp_path, capsys):
 def test_weights_that_are_not_there_are_named_before_anything_starts(stub, tmp_path, init, line):
     with pytest.raises(util.UserError, match=line):
         stub("yours", "--data", "coco", "--root", "DIR", "--init", init)
+    with pytest.raises(util.UserError, match=f"^--init {init}: "):
+        stub("hpt-linear", "--init", init)
     assert not notes(tmp_path)
 
 
@@ -424,7 +437,7 @@ def test_hpt_accepts_the_flags_of_every_study(name):
     for flags in some:
         argv = [w for k, v in flags.items() if k != "program" for w in ["--" + k] + ([] if v is True else [v])]
         parsed = util.parse_flags(hpt.Config, "", hpt.HELP, argv)
-        source, *_ = hpt.parse(*parsed.stage)
+        source, *_ = hpt.parse(*(parsed.stage or [parsed.data]))
         assert hpt.settings(parsed, 1)["backbone"] == "resnet18" and parsed.root == "a folder" and source in hpt.EMBEDDED
 
 
@@ -455,6 +468,25 @@ def test_pre_training_has_the_network_and_the_machine_of_what_starts_from_it():
     assert {f["backbone"] for f in found.values()} == {"resnet18"}
 
 
+def test_runs_of_hpt_depend_on_its_recipe_and_pre_training_on_no_flag_of_theirs(monkeypatch):
+    flags = {"program": "hpt", "recipe": "tiny"}
+    before = study.basis(flags)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", {})
+    assert study.basis(flags) == before
+    monkeypatch.setitem(hpt.RECIPES, "tiny", {})
+    assert study.basis(flags) != before
+    starts = [{n for n in planned("hpt-linear", "--", *more)[1] if n.startswith("base")} for more in ([], ["--lr", "0.1"])]
+    assert starts[0] == starts[1] and starts[0]
+    runs_ = [planned(name)[1] for name in ("hpt-linear", "hpt-augment", "hpt-fraction")]
+    shared = set(runs_[0]) & set(runs_[1]) & set(runs_[2])
+    assert len(shared) == 4  # base; Target, HPT and HPT-BN on all of sketch under the usual views
+
+
+def test_what_a_run_starts_from_is_started_however_far_back(stub):
+    lines = stub("hpt-chain", "--seeds", 1, "--only", "B+S+T", "sketch")
+    assert len([w for w in lines if w[0] == "started"]) == 3  # base, chain, the cell
+
+
 def test_other_weights_in_the_same_file_are_another_run(tmp_path):
     path, names = tmp_path / "x.pth", []
     for time_, text in enumerate("aab"):
@@ -471,7 +503,7 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path):
     (["table2", "--", "--labeled", "1"], "^--labeled after --"), (["table2", "--", "--root", "x"], "^--root after --"),
     (["table2", "--", "--stepz", "1"], "no flag --stepz"), (["table2", "--", "steps"], "no flag"),
     (["regime", "--labeled", "0.1"], "^--labeled is for yours"),
-    (["hpt-linear", "--task", "seg"], "leave out --task"), (["hpt-linear", "--recipe", "coco-b7"], "--recipe coco-b7 does not"),
+    (["hpt-linear", "--task", "seg"], "leave out --task"), (["hpt-linear", "--init", "pre=x"], "it has base, chain"), (["hpt-linear", "--recipe", "coco-b7"], "--recipe coco-b7 does not"),
     (["hpt-linear", "--", "--loss-norm", "off"], "hpt.py has no flag --loss-norm"),
     (["table2", "--", "--aug", "s1"], "^--aug after -- is what table2 varies"),
     (["alpha", "--", "--alpha", "1"], "^--alpha after -- is what alpha varies")])
