@@ -17,6 +17,7 @@ import data
 import eval as evaluation
 import models
 import ops
+import rcnn
 import runs
 import util
 from util import UserError
@@ -49,13 +50,16 @@ def data_deps(train, val):
 
 
 def network(c, classes, norm, backbone_norm):
+    if c.get("model") == "rcnn-c4":
+        return rcnn.network(c, classes, norm, backbone_norm)
     return models.RetinaNet(c["backbone"], classes, c["levels"], c["width"], c["depth"], norm=norm, backbone_norm=backbone_norm,
                             act=c["act"])
 
 
 def anchors_for(c, device):
-    """(A, 4) for the recipe's canvas; None for torchvision's detector, whose canvas follows the image."""
-    if c["image_size"] is None:
+    """(A, 4) for the recipe's canvas; None for torchvision's detector, whose canvas follows the image, and for R-CNN, which has
+    its own."""
+    if c["image_size"] is None or c.get("model") == "rcnn-c4":
         return None
     return ops.make_anchors(c["image_size"], c["image_size"], c["levels"], c["anchor_base"], device=device)
 
@@ -64,6 +68,8 @@ def anchors_for(c, device):
 
 def criterion(c, device):
     """-> prepare(batch) -> (targets {name: (B, ...)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 2)."""
+    if c.get("model") == "rcnn-c4":
+        return rcnn.criterion(c, device)
     anchors = anchors_for(c, device)
     return lambda batch: assign(batch, anchors), lambda *args: losses_of(*args, anchors)
 

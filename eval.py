@@ -38,7 +38,7 @@ def _imagenet(device):  # made once: creating a tensor on a GPU from numbers wai
 def detections(model, anchors, source, index, size, device, dtype, workers=0, min_score=0.05, batch=BATCH):
     """Detects on images source[index]; yields (i, {"boxes" (n, 4) in the file's pixels, "scores", "labels", "size"})
     as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode. size, anchors: of the
-    square canvas; both None: as torchvision's detectors do it."""
+    square canvas; both None: as torchvision's RetinaNet does it; only anchors None: the model decodes by itself (rcnn.py)."""
     model.eval()
     if size is None:
         yield from torchvision_detections(model, source, index, device, dtype, workers, min_score)
@@ -47,8 +47,9 @@ def detections(model, anchors, source, index, size, device, dtype, workers=0, mi
     for rows in data.eval_loader(source, index, size, batch, workers):
         window = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1)  # (B, 2) the unpadded part
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, deltas = model(normalise(rows["images"], device))
-        found = ops.detect(logits, deltas, anchors, window.to(device), min_score=min_score)
+            outputs = model(normalise(rows["images"], device))
+        found = ops.detect(*outputs, anchors, window.to(device), min_score=min_score) if anchors is not None else \
+            model.decode(outputs, window, min_score)
         bad = dict(rows["bad"])
         for j in range(min(batch, len(index) - done)):  # the last batch is filled up with repeats
             i = index[done + j]

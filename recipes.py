@@ -43,6 +43,15 @@ PASCAL = dict(task="seg", image_size=512, batch=256, ref_batch=256, optimizer="s
 SEG = dict(task="seg", backbone="resnet10", batch=8, ref_batch=8, steps=5000, student_steps=1200, optimizer="adamw", lr=1.5e-3,
            warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0, threshold="0.5", aug="s4", student_aug="s4",
            neck="fpn", levels=(2, 5), depth=1, momentum=0.1)
+# Detection transfer of HPT and MoCo: R50-C4 (rcnn.py). [moco] is MoCo's detection/configs, [hpt] the HPT repository's
+# OpenSelfSup/benchmarks/detection/configs, [d2] detectron2's defaults, all read: batch 16 and lr 0.02 [moco]; warm-up from 0.001 of
+# it over 1000 steps, weight decay, anchors, regions, proposals and the 14-pixel crop [d2]. HPT ran everything at batch 8 and lr 0.01
+# for the same number of steps: --batch 8, lr follows. The longer side of an image fits image_size at the *test* scale (short side
+# 800: 1067 px for 4:3; BDD's 512: 910 for 16:9); the policies shrink it as the shorter training sides do. Steps: 24k and 90k
+# [moco, hpt]; COCO's 90k is the 1x of HPT's table, [moco]'s file has 2x: --steps 180000, whose drops keep their place (2/3, 8/9).
+C4 = dict(task="det", model="rcnn-c4", backbone="resnet50", image_size=1088, batch=16, ref_batch=16, optimizer="sgd", lr=0.02,
+          warmup=1000, warmup_from=0.001, weight_decay=1e-4, clip=0.0, threshold="0.5", momentum=0.1,
+          anchors=(32, 64, 128, 256, 512), regions=512, crop=14, proposals=(12000, 2000, 6000, 1000))
 RECIPES = {
     # ours. Objects of 22-72 px on a 128 px canvas want small anchors; few steps want AdamW and quicker batch-norm averages;
     # and a teacher worth learning from wants most of them (with 1500 + 1500 steps it was too weak to help).
@@ -50,6 +59,14 @@ RECIPES = {
                  optimizer="adamw", lr=2e-3, warmup=50, warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0,
                  threshold="auto", aug="s4", student_aug="s4", levels=(3, 6), width=64, depth=2, anchor_base=2.0, act="relu",
                  momentum=0.1),
+    "voc-c4": dict(C4, steps=24_000, student_steps=24_000, warmup=100, drops=(18 / 24, 22 / 24), aug="s1-voc", student_aug="s1-voc"),
+    "bdd-c4": dict(C4, steps=90_000, student_steps=90_000, drops=(6 / 9, 8 / 9), image_size=928, batch=8, aug="s1-bdd",
+                   student_aug="s1-bdd"),
+    "coco-c4": dict(C4, steps=90_000, student_steps=90_000, drops=(6 / 9, 8 / 9), aug="s1-coco", student_aug="s1-coco"),
+    # ours: the same in minutes on a CPU, everything smaller.
+    "tiny-c4": dict(C4, backbone="resnet10", image_size=128, steps=1500, student_steps=800, optimizer="adamw", lr=1e-3, warmup=50,
+                    warmup_from=0.01, drops=(), weight_decay=0.05, clip=10.0, threshold="auto", aug="s1", student_aug="s4",
+                    anchors=(20, 36, 64), regions=64, crop=8, proposals=(1000, 300, 1000, 150)),
     # The B7 recipe on Table 4's ResNet-50, whose own lr and length are unknown.
     "coco-r50": dict(COCO, backbone="resnet50", lr=0.32, steps=120_000, student_steps=120_000),
     # 120k steps are for random init with S4; S1 took 45k [recalled]. Every other cell's length, the student's too, is unknown.
@@ -93,6 +110,7 @@ class Config:
     train_list: str = "train"
     masks: str = "SegmentationClass"
     recipe: str = None
+    model: str = None
     aug: str = None
     alpha: float = 1.0
     loss_norm: str = "on"
@@ -147,6 +165,7 @@ HELP = {
     "method": {
         "recipe": "row of recipes.py, whose fields the flags override: " + ", ".join(RECIPES) + "; default: tiny, seg-tiny or "
                   "cls-tiny, which take minutes on a CPU",
+        "model": "{retinanet|rcnn-c4} rcnn-c4: Faster R-CNN on C4 (rcnn.py), which its recipes name; alone it means tiny-c4",
         "aug": "{s1|s2|s3|s4} Augment-S1 (flip, crop) .. S4 (RandAugment, large scale jitter); default: the recipe's",
         "alpha": "weight of the pseudo-labels in the joint loss",
         "loss_norm": "{on|off} off: the plain sum of both losses instead of the paper's normalised one, for comparison",
@@ -192,12 +211,15 @@ HELP = {
 
 def settings(flags, ranks):
     """The recipe's row with the flags laid over it: every value that training uses."""
-    recipe = flags.recipe = flags.recipe or TASKS[flags.task]
+    recipe = flags.recipe = flags.recipe or ("tiny-c4" if flags.model == "rcnn-c4" else TASKS[flags.task])
     if recipe not in RECIPES:
         raise UserError(f"--recipe {recipe} does not exist; there are {', '.join(RECIPES)}")
     c = dict(RECIPES[recipe])
     if c["task"] != flags.task:
         raise UserError(f"--recipe {recipe} is for --task {c['task']}; add that")
+    own = c.get("model", "retinanet")
+    if (flags.model or own) != own:
+        raise UserError(f"--recipe {recipe} is for --model {own}; leave one of them out")
     c.update({k: v for k, v in asdict(flags).items() if k in c and v is not None})
     c.update({k: getattr(flags, k) for k in ("alpha", "loss_norm", "init", "norm", "seed", "accumulate", "gradient_checkpointing",
                                              "compile", "workers", "save_every", "eval_every", "flip", "soft", "scales")})
@@ -235,6 +257,10 @@ def settings(flags, ranks):
              f"--backbone {c['backbone']} is for detection; --task {c['task']} takes a ResNet or an EfficientNet"),
             (c["task"] != "det" and c["threshold"] == "auto",
              "--threshold auto is for detection; give a probability, such as 0.5, from which a pixel or image is labelled"),
+            ("model" in c and c["backbone"] not in backbones.RESNETS,
+             f"--model rcnn-c4 needs the last stage of a ResNet as its head; --backbone {c['backbone']} has none such"),
+            ("model" in c and (flags.joint or c["compile"]),
+             "--model rcnn-c4 works neither with --joint nor with --compile; leave them out"),
             (c["norm"] == "frozen" and c["init"] == "random",
              "--norm frozen keeps the batch norms of given weights as they are, but --init random has none; use --norm bn or gn"),
             (flags.joint and c["task"] == "cls", "--joint adds classification to --task det or seg; leave it out"),
@@ -318,7 +344,8 @@ def memory(net, c, ranks, dtype):
         del block.forward
     if blocks:
         forward(lambda *_: insides.append(-total()), lambda *_: insides.append(insides.pop() + total()))
-    outputs = sum(x.numel() for x in (outputs if isinstance(outputs, tuple) else [outputs]))
+    outputs = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else [outputs]
+    outputs = sum(x.numel() for x in outputs)
     losses = 4 * 4 * outputs  # in fp32: outputs, their gradients, and the loss's own copies
     return fixed, (activations + max(insides) + losses) / len(images)
 

@@ -80,6 +80,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
     used, names = [k for k, count in enumerate(counts) if count], task.TERMS + ["class"] * (len(counts) > 2)
     if joint := len(counts) > 2:
         prepare, losses = classify.joined(prepare, losses)
+    inputs = ("part",) if joint else getattr(net, "inputs", ())  # of a batch, that the network needs besides the images
     optimizer, averages, start, curve, began = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, [], time.time()
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
@@ -104,7 +105,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
             part = batch["part"][rows]
             with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[part] * joint)
+                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[batch[k][rows] for k in inputs])
                 each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
                 loss = combined([each[part == k].sum() for k in used], averages, c, joint)
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes

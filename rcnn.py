@@ -1,0 +1,127 @@
+"""Faster R-CNN on C4 (Ren et al. 2015 in the form of He et al. 2017): the detector that HPT (Reed et al., section 4) and MoCo
+transfer their backbones to. st.py trains it like RetinaNet: teacher, pseudo-labels, student.
+
+    python st.py --model rcnn-c4                                                        the embedded world, recipe tiny-c4
+    torchrun --nproc_per_node 8 st.py --recipe voc-c4 --mode train --labeled 1 --init FILE --data coco --root VOC07+12
+
+A ResNet up to C4 feeds the region proposals (RPN); each region's 14x14 crop of C4 goes through the network's own last stage
+(res5, halving it), one more batch norm, and a mean, to a class and a box. Proposals, matching, sampling, losses and decoding are
+torchvision's detection modules, put together here. The settings are those of recipes.py's *-c4 rows.
+
+Facts      [d2] detectron2's config/defaults.py, Base-RCNN-C4.yaml, Res5ROIHeads, FastRCNNOutputLayers; [moco] its detection
+           folder: Res5ROIHeadsExtraNorm, Base-RCNN-C4-BN.yaml (all layers train, none is frozen). Read, not recalled.
+Differs    from [d2]: images are fitted to a fixed square canvas, as everywhere in this project, not to a shortest edge: with the
+           rows' sizes the longer side is what it is there, the padding is on top. Smooth L1 with torchvision's beta 1/9 instead
+           of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No PreciseBN: running averages score.
+Per image  an image's loss is what torchvision's modules say of it alone, and a step's loss their mean over the images of the
+           whole step: so it does not depend on how the step is spread, but for which anchors and regions are drawn (as with the
+           draws of stochastic depth) and what batch norm sees. A resumed run draws the same ones.
+Left out   joint training, --compile (shapes vary from image to image), backbones without a res5 of their own.
+"""
+import torch
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import roi_align
+
+import backbones
+import data
+import util
+
+STRIDE = 16
+RATIOS = (0.5, 1.0, 2.0)  # height / width [d2]
+
+
+def region_proposals(anchors, proposals, head=None):
+    """torchvision's RPN. anchors: sides in pixels; proposals: (before, after NMS) in training, (before, after) in use. Matching
+    at IoU 0.7 and 0.3, 256 anchors an image of which half are positive, NMS at 0.7 [d2]."""
+    before, after = ({"training": proposals[k], "testing": proposals[k + 2]} for k in (0, 1))
+    return RegionProposalNetwork(AnchorGenerator((tuple(anchors),), (RATIOS,)), head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
+
+
+class FasterRCNN(nn.Module):
+    """images (B, 3, H, W), normalised, and for training boxes (B, M, 4), labels (B, M), -1 where padded -> a dict of
+
+    anchors (A, 4), objectness (B, A), deltas (B, A, 4)    what the RPN says of every anchor
+    regions (R, 4), image (R,)                             of all images, image by image; in training the sampled ones
+    logits (R, K + 1), boxes (R, 4 (K + 1))                class 0 is the background: class k of the data is k + 1 here
+    labels (R,), targets (R, 4)                            in training: what the regions should answer
+
+    All float32, boxes xyxy in pixels. regions: how many are sampled in training, a quarter of them positive; crop: side of a
+    region's crop. norm: of the extra norm. Keys of its state dict are the backbone's with res5 as backbone.layer4, so load_backbone
+    fills that from the same file.
+    """
+    inputs = ("boxes", "labels")  # of a batch, besides the images: st.train hands them over
+
+    def __init__(self, backbone, classes, anchors, regions, crop, proposals, norm="bn", backbone_norm="bn"):
+        super().__init__()
+        self.backbone = backbones.build(backbone, backbone_norm)
+        c4, c5 = self.backbone.channels[4], self.backbone.channels[5]
+        self.rpn = region_proposals(anchors, proposals, RPNHead(c4, len(anchors) * len(RATIOS)))
+        self.norm, self.crop, self.regions = backbones.make_norm(norm, c5), crop, regions
+        # positive from IoU 0.5, box weights (10, 10, 5, 5), NMS at 0.5, 100 detections [d2]; crop and res5 are done in forward
+        self.roi = RoIHeads(None, None, FastRCNNPredictor(c5, classes + 1), 0.5, 0.5, regions, 0.25, None, 0.05, 0.5, 100)
+        for layer, std in ((self.roi.box_predictor.cls_score, 0.01), (self.roi.box_predictor.bbox_pred, 0.001)):  # [d2]
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images, boxes=None, labels=None):
+        (B, _, H, W), rpn = images.shape, self.rpn
+        feats = self.backbone(images, levels=(2, 3, 4))[4]  # (B, C, H/16, W/16)
+        objectness, deltas = concat_box_prediction_layers(*rpn.head([feats]))
+        objectness, deltas = objectness.float().view(B, -1), deltas.float().view(B, -1, 4)  # (B, A), (B, A, 4)
+        rpn.anchor_generator.set_cell_anchors(torch.float32, images.device)  # whatever precision the network runs in
+        anchors, = rpn.anchor_generator.grid_anchors([feats.shape[-2:]], [[STRIDE, STRIDE]])  # (A, 4)
+        out = {"anchors": anchors, "objectness": objectness, "deltas": deltas}
+        if images.is_meta:  # --dry-run counts memory by shapes, and which regions there are is no matter of shape
+            regions = [images.new_zeros(self.regions, 4)] * B
+        else:
+            found = rpn.box_coder.decode(deltas.detach().flatten(0, 1), [anchors] * B).view(B, -1, 4)
+            regions, _ = rpn.filter_proposals(found, objectness, [(H, W)] * B, [len(anchors)])
+        if boxes is not None:
+            truth = [{"boxes": b[k >= 0], "labels": k[k >= 0] + 1} for b, k in zip(boxes, labels)]
+            regions, _, labels, targets = self.roi.select_training_samples(regions, truth)
+            out.update(labels=torch.cat(labels), targets=torch.cat(targets))
+        image = torch.cat([torch.full((len(r),), i, device=r.device) for i, r in enumerate(regions)])
+        regions = torch.cat(regions)
+        x = roi_align(feats, torch.cat([image[:, None].to(regions.dtype), regions], 1), self.crop, 1 / STRIDE, 0, aligned=True)
+        x = self.norm(self.backbone.layer4(x.contiguous(memory_format=torch.channels_last)))  # (R, C5, crop/2, crop/2)
+        logits, boxes = self.roi.box_predictor(x.mean((2, 3)))
+        return {**out, "regions": regions, "image": image, "logits": logits.float(), "boxes": boxes.float()}
+
+    def decode(self, out, windows, min_score=0.05):
+        """What is found, from forward's outputs -> a list of dicts as from ops.detect. windows (B, 2): height, width of the images
+        on their canvas; boxes are clipped to it."""
+        self.roi.score_thresh = min_score
+        counts = torch.bincount(out["image"], minlength=len(windows)).tolist()
+        found = self.roi.postprocess_detections(out["logits"], out["boxes"], list(out["regions"].split(counts)), windows.tolist())
+        return [{"boxes": b, "scores": s, "labels": k - 1} for b, s, k in zip(*found)]
+
+
+def network(c, classes, norm, backbone_norm):
+    return FasterRCNN(c["backbone"], classes, c["anchors"], c["regions"], c["crop"], c["proposals"], norm, backbone_norm)
+
+
+def criterion(c, device):
+    """As detect.criterion -> prepare, losses; normalised by the number of images."""
+    rpn = region_proposals(c["anchors"], c["proposals"])
+
+    def prepare(batch):
+        images = torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], torch.ones(len(batch["part"]), device=device))
+        return {"boxes": batch["boxes"], "labels": batch["labels"]}, util.all_sum(images)
+    return prepare, lambda *args: losses_of(*args, rpn)
+
+
+def losses_of(out, targets, part, images, rpn):
+    """Class and box loss of each image (B, 2), the RPN's and the regions' added up, divided by the images of its part in the whole
+    step. out: FasterRCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}; images (3,)."""
+    rows = []
+    for i, (boxes, labels) in enumerate(zip(targets["boxes"], targets["labels"])):
+        positive, matched = rpn.assign_targets_to_anchors([out["anchors"]], [{"boxes": boxes[labels >= 0]}])
+        wanted, mine = rpn.box_coder.encode(matched, [out["anchors"]]), out["image"] == i
+        first = rpn.compute_loss(out["objectness"][i], out["deltas"][i], positive, wanted)
+        second = fastrcnn_loss(*(out[k][mine] for k in ("logits", "boxes")), *([out[k][mine]] for k in ("labels", "targets")))
+        rows.append(torch.stack(first) + torch.stack(second))
+    return torch.stack(rows) / images[part][:, None]
