@@ -64,8 +64,8 @@ JITTER = {                                # range of the target size's random fa
     's4': (0.5, 2.0),
     's1-large': (0.5, 2.0),               # flip + crop of the released SpineNet configurations; SpineNet-143 and 190 of
     's1-wide': (0.1, 1.9),                # Zoph et al.'s Table 5 (both read in the code, not named so there)
-    's1-voc': (0.6, 1.0),                 # flip + shortest edge 480..800, 640..800, 362..512 of MoCo's and HPT's detectors, as shares
-    's1-coco': (0.8, 1.0),                # of the largest (rcnn.py, recipes.py)
+    's1-voc': (0.6, 1.0),                 # flip + the shorter side of MoCo's and HPT's C4 detectors, 480..800, 640..800 and
+    's1-coco': (0.8, 1.0),                # 362..512, in shares of the largest (rcnn.py, recipes.py; read)
     's1-bdd': (0.7, 1.0),
 }
 

@@ -49,9 +49,8 @@ class FasterRCNN(nn.Module):
     logits (R, K + 1), boxes (R, 4 (K + 1))                class 0 is the background: class k of the data is k + 1 here
     labels (R,), targets (R, 4)                            in training: what the regions should answer
 
-    All float32, boxes xyxy in pixels. regions: how many are sampled in training, a quarter of them positive; crop: side of a
-    region's crop. norm: of the extra norm. Keys of its state dict are the backbone's with res5 as backbone.layer4, so load_backbone
-    fills that from the same file.
+    All float32, boxes xyxy in pixels. regions: how many are sampled in training, at most a quarter of them positive; crop: side
+    of a region's crop; norm: the extra one. res5 stays where it is, backbone.layer4: so one file fills both.
     """
     inputs = ("boxes", "labels")  # of a batch, besides the images: st.train hands them over
 
@@ -92,8 +91,8 @@ class FasterRCNN(nn.Module):
         return {**out, "regions": regions, "image": image, "logits": logits.float(), "boxes": boxes.float()}
 
     def decode(self, out, windows, min_score=0.05):
-        """What is found, from forward's outputs -> a list of dicts as from ops.detect. windows (B, 2): height, width of the images
-        on their canvas; boxes are clipped to it."""
+        """What is found, from forward's outputs -> a list of dicts as from ops.detect. windows (B, 2): height and width of each
+        image on its canvas, to which boxes are clipped."""
         self.roi.score_thresh = min_score
         counts = torch.bincount(out["image"], minlength=len(windows)).tolist()
         found = self.roi.postprocess_detections(out["logits"], out["boxes"], list(out["regions"].split(counts)), windows.tolist())
@@ -109,14 +108,14 @@ def criterion(c, device):
     rpn = region_proposals(c["anchors"], c["proposals"])
 
     def prepare(batch):
-        images = torch.zeros(len(data.PARTS), device=device).index_add(0, batch["part"], torch.ones(len(batch["part"]), device=device))
+        images = (batch["part"][:, None] == torch.arange(len(data.PARTS), device=device)).sum(0)  # (3,)
         return {"boxes": batch["boxes"], "labels": batch["labels"]}, util.all_sum(images)
     return prepare, lambda *args: losses_of(*args, rpn)
 
 
 def losses_of(out, targets, part, images, rpn):
-    """Class and box loss of each image (B, 2), the RPN's and the regions' added up, divided by the images of its part in the whole
-    step. out: FasterRCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}; images (3,)."""
+    """Class and box loss of each image (B, 2), the RPN's plus the regions', divided by the images of its part in the whole step.
+    out: FasterRCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}; images (3,)."""
     rows = []
     for i, (boxes, labels) in enumerate(zip(targets["boxes"], targets["labels"])):
         positive, matched = rpn.assign_targets_to_anchors([out["anchors"]], [{"boxes": boxes[labels >= 0]}])
