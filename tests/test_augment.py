@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 import augment as A
 
 JITTER = {'s1': (0.8, 1.2), 's2': (0.8, 1.2), 's3': (0.5, 2.0), 's4': (0.5, 2.0), 's1-large': (0.5, 2.0),
-          's1-wide': (0.1, 1.9)}
+          's1-wide': (0.1, 1.9), 's1-voc': (0.6, 1.0), 's1-coco': (0.8, 1.0), 's1-bdd': (0.7, 1.0)}
 POLICIES = tuple(JITTER)
 GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 PHOTOMETRIC = tuple(A.OPS)
