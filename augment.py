@@ -15,6 +15,7 @@ for boxes and masks at once, as pure functions (image, target) -> (image, target
     labels int64   (N,)    }
     scores float32 (N,)    } follow their box: dropped when it is dropped
     crowd  bool    (N,)    }
+    number int64   (N,)    }
     mask   uint8   (H, W)  optional; class index, 255 = ignore (int32 for other numbers per pixel)
     size   (h, w)          rewritten to that of the returned image
 Any other key is handed through untouched. N = 0 is an ordinary case. The input dict and its arrays are never changed.
@@ -52,7 +53,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 MEAN_COLOUR = (124, 116, 104)             # 255 * (0.485, 0.456, 0.406), rounded: ~0 after ImageNet normalisation
 FILL = (128, 128, 128)                    # what the policy ops put where no pixel is (uint8, before normalisation)
 IGNORE = 255                              # mask value of a pixel without a label
-PER_BOX = ('boxes', 'labels', 'scores', 'crowd')
+PER_BOX = ('boxes', 'labels', 'scores', 'crowd', 'number')
 MIN_GAP = 0.05                            # of the image side; see box_rule
 
 # ------------------------------------------------------------------------------------------------ the four policies

@@ -1,4 +1,5 @@
-"""What detection plugs into st.py: data, network, losses, scores, pseudo-labels. segment.py has the same functions.
+"""What detection plugs into st.py: data, network, losses, scores, pseudo-labels. segment.py has the same functions. What is said
+of a network is said of RetinaNet; rcnn.py has R-CNN's own network, losses and decoding.
 
 The loss is that of the TensorFlow TPU detection code in which Zoph et al. 2020 released their checkpoints (ops.py); pseudo-labels
 are hard boxes over a score threshold (0.5 in the paper: recalled), or over one chosen on held-out labels (ours).
@@ -18,6 +19,7 @@ import eval as evaluation
 import models
 import ops
 import rcnn
+import recipes
 import runs
 import util
 from util import UserError
@@ -32,7 +34,7 @@ FLOOR = 0.05  # detections under this score are not stored, unless the threshold
 def load(flags):
     """-> (training set, validation set) as data.Detections, of the same classes."""
     train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-    train = data.load_coco(train_json, train_dir)
+    train = data.load_coco(train_json, train_dir, with_masks=recipes.RECIPES.get(flags.recipe, {}).get("masks", False))
     return train, data.load_coco(val_json, val_dir, train.class_ids, train.class_names)
 
 

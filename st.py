@@ -3,6 +3,7 @@ Pre-training and Self-training").
 
     python st.py                                                    the embedded world, a few minutes on two cores
     python st.py --task seg                                         the same for segmentation (cls: classification)
+    python st.py --model rcnn-c4                                    the same with Faster R-CNN, HPT's detector (rcnn.py)
     torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
     python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
     python st.py --mode pseudo --ckpt retinanet_resnet50_fpn_coco-eeacb38b.pth ...    with torchvision's COCO detector
@@ -490,7 +491,7 @@ def given_images(flags):
 
 def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
-    ignored = [f for f in ("backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
+    ignored = [f for f in ("model", "backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
                if getattr(flags, f) is not None] + [f for f in ("dry_run", "joint", "eval_every") if getattr(flags, f)]
     if ignored:
         raise UserError(f"--mode {flags.mode} takes the network and its settings from --ckpt; leave out "

@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import roi_align
 
 import backbones
 import data
 import eval as evaluation
 import export
+import masks
 import rcnn
 import recipes
 import runs
@@ -41,6 +44,12 @@ def sample(size=64, counts=(2, 0, 1), seed=0):
     labels[torch.arange(M) >= torch.tensor(counts)[:, None]] = -1
     images = torch.randint(0, 256, (len(counts), 3, size, size), generator=g, dtype=torch.uint8)
     return {"images": images, "boxes": boxes, "labels": labels, "part": torch.zeros(len(counts), dtype=torch.int64)}
+
+
+def outline(seen):
+    """A mask (h, w) as COCO's files have it."""
+    rle = coco_mask.encode(np.asfortranarray(seen.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
 def losses_for(net, batch, c):
@@ -77,7 +86,7 @@ def pair():
     for layer, std in ((theirs.rpn.head.cls_logits, 0.3), (theirs.rpn.head.bbox_pred, 0.1),
                        (theirs.roi_heads.box_predictor.cls_score, 0.2), (theirs.roi_heads.box_predictor.bbox_pred, 0.2)):
         nn.init.normal_(layer.weight, std=std), nn.init.normal_(layer.bias, std=0.1)
-    ours = rcnn.FasterRCNN("resnet50", 3, (16, 32, 64), 512, 14, (100, 30, 80, 20))
+    ours = rcnn.RCNN("resnet50", 3, (16, 32, 64), 512, 14, (100, 30, 80, 20))
     state = {f"backbone.{k}": v for k, v in body.state_dict().items() if not k.startswith("fc.")}
     for prefix, part in (("rpn.", theirs.rpn), ("norm.", theirs.roi_heads.box_head[1]),
                          ("roi.box_predictor.", theirs.roi_heads.box_predictor)):
@@ -165,15 +174,21 @@ def test_the_extra_norm_follows_res5_and_precedes_the_mean():
 
 
 def test_it_learns_one_image_of_the_embedded_world(tmp_path):
-    image, boxes, labels, _ = world.draw(world.SEED, "train", 3)
+    image, boxes, labels, classes = world.draw(world.SEED, "train", 3)
     assert len(boxes) > 1 and image.size == (128, 128)
     batch = {"images": torch.from_numpy(np.array(image)).permute(2, 0, 1).repeat(2, 1, 1, 1),
              "part": torch.zeros(2, dtype=torch.int64), "boxes": torch.from_numpy(boxes).repeat(2, 1, 1),
              "labels": torch.from_numpy(labels).repeat(2, 1)}
-    c = settings(norm="gn")
+    seen = [np.zeros_like(classes) for _ in boxes]
+    for one, (x0, y0, x1, y1), k in zip(seen, boxes.astype(int), labels):  # its pixels: what is of its class inside its box
+        one[y0:y1, x0:x1] = classes[y0:y1, x0:x1] == k + 1
+    places = 256 + torch.arange(len(boxes))
+    batch.update(number=places.repeat(2, 1),
+                 numbers=torch.stack([n * torch.from_numpy(one).int() for n, one in zip(places, seen)]).amax(0).repeat(2, 1, 1))
+    c = {**settings(norm="gn"), "masks": True}
     net, dtype = st.build(c, len(world.CLASSES)).train(), torch.bfloat16
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for _ in range(100):
+    for _ in range(80):
         with torch.autocast("cpu", dtype):
             loss = losses_for(net, batch, c).sum()
         optimizer.zero_grad()
@@ -181,13 +196,14 @@ def test_it_learns_one_image_of_the_embedded_world(tmp_path):
         nn.utils.clip_grad_norm_(net.parameters(), 10)
         optimizer.step()
     image.save(tmp_path / "1.png")
-    rows = [{"id": i + 1, "image_id": 1, "category_id": int(k), "bbox": np.concatenate([b[:2], b[2:] - b[:2]]).tolist()}
-            for i, (b, k) in enumerate(zip(boxes, labels))]
+    rows = [{"id": i + 1, "image_id": 1, "category_id": int(k), "bbox": np.concatenate([b[:2], b[2:] - b[:2]]).tolist(),
+             "segmentation": outline(one)} for i, (b, k, one) in enumerate(zip(boxes, labels, seen))]
     (tmp_path / "val.json").write_text(json.dumps({
         "images": [{"id": 1, "file_name": "1.png", "height": 128, "width": 128}], "annotations": rows,
         "categories": [{"id": k, "name": name} for k, name in enumerate(world.CLASSES)]}))
     val, log = data.load_coco(tmp_path / "val.json", tmp_path), st.util.Log(None, 0)
-    assert st.TASKS["det"].evaluate(net, {**c, "workers": 0}, val, (0, 1, CPU, torch.float32), log)["AP"] > 0.7
+    scores = st.TASKS["det"].evaluate(net, {**c, "workers": 0}, val, (0, 1, CPU, torch.float32), log)
+    assert scores["AP"] > 0.7 and scores["mask AP"] > 0.5, scores
 
 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
@@ -278,6 +294,82 @@ def test_a_dry_run_counts_what_the_head_keeps_for_its_regions():
             {**settings(), "regions": n} for n in (64, 128)))
     # of each more region at least: its crop of C4, and both convolutions of res5 and their norms
     assert many - few > 64 * 4 * (128 * 8 * 8 + 4 * 256 * 4 * 4)
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+
+def test_masks_of_files_are_drawn_as_pycocotools_does_and_the_smaller_of_two_lies_on_top():
+    square = [[2.0, 2, 12, 2, 12, 12, 2, 12]]
+    small = np.zeros((20, 30), bool)
+    small[4:8, 6:25] = True
+    plain = {"size": [20, 30], "counts": [0, 600]}  # not compressed: the whole image
+    texts, places = masks.pack([square, None, outline(small), plain, plain])
+    got = masks.draw(texts, places, np.array([False, False, False, False, True]), (20, 30))
+    want = np.full((20, 30), 256 + 3, np.int32)
+    want[coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(square, 20, 30))) > 0] = 256
+    want[small] = 258
+    assert np.array_equal(got, want) and got.dtype == np.int32 and (want == 256).sum() > 50
+
+
+def test_masks_go_through_augmentation_with_their_boxes(squares, tmp_path):  # noqa: F811
+    found = outlined(squares, tmp_path)
+    train = data.load_coco(found / "train.json", found / "images", with_masks=True)
+    loader = data.train_loader([train], [4], 0, 3, 1, 0, 1, "s4", 64, 0, 0)
+    whole = 0
+    for batch in loader:
+        assert batch["numbers"].shape == (4, 64, 64) and batch["number"].shape == batch["labels"].shape and "masks" not in batch
+        for boxes, number, numbers in zip(batch["boxes"], batch["number"], batch["numbers"]):
+            for (x0, y0, x1, y1), k in zip(boxes, number):
+                if k >= 0:
+                    y, x = (numbers == k).nonzero(as_tuple=True)
+                    assert x0 - 1 <= x.min() and x.max() <= x1 + 1 and y0 - 1 <= y.min() and y.max() <= y1 + 1
+                    whole += len(x) > 0.8 * (x1 - x0) * (y1 - y0)
+    assert whole > 5  # a square fills its box, unless it is turned, sheared, or under another
+
+
+def outlined(squares, folder):  # noqa: F811
+    """The squares with polygons, one object without."""
+    (folder / "images").symlink_to(squares / "images")
+    for split in ("train", "val"):
+        value = json.loads((squares / f"{split}.json").read_text())
+        for n, a in enumerate(value["annotations"]):
+            x, y, w, h = a["bbox"]
+            a["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]] if n or split == "val" else None
+        (folder / f"{split}.json").write_text(json.dumps(value))
+    return folder
+
+
+@torch.no_grad()
+def test_the_mask_loss_is_torchvisions_and_objects_without_a_mask_cost_nothing():
+    g = torch.Generator().manual_seed(0)
+    regions = torch.tensor([[4.0, 4, 40, 40], [8, 8, 30, 50], [0, 0, 64, 64], [20, 2, 60, 33]])
+    out = {"labels": torch.tensor([2, 1, 0, 3]), "match": torch.tensor([0, 1, 0, 2]), "regions": regions,
+           "masks": torch.randn(3, 14, 14, generator=g)}
+    numbers = torch.zeros(64, 64, dtype=torch.int32)
+    numbers[5:35, 6:38], numbers[10:48, 9:20], numbers[3:30, 22:58] = 256, 257, 258
+    mine, truth = torch.tensor([True] * 4), torch.stack([numbers == k for k in (256, 257, 258)])
+    for number in ((256, 257, 258), (256, -1, 258)):
+        rows = [k for k in range(3) if number[k] >= 0]
+        logits = torch.zeros(len(rows), 4, 14, 14)
+        logits[range(len(rows)), [(2, 1, 3)[k] for k in rows]] = out["masks"][rows]  # torchvision has one for every class
+        want = maskrcnn_loss(logits, [regions[[0, 1, 3]][rows]], [truth], [torch.tensor([2, 1, 3])], [torch.tensor(rows)])
+        assert torch.allclose(rcnn.mask_loss(out, mine, torch.tensor(number), numbers), want)
+    assert rcnn.mask_loss(out, mine, torch.tensor([-1, -1, -1]), numbers) == 0
+    assert rcnn.mask_loss(out, ~mine, torch.tensor([], dtype=torch.int64), numbers) == 0
+
+
+def test_mask_rcnn_goes_through_the_pipeline_and_its_masks_are_scored(squares, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(recipes.RECIPES, "tiny-c4", {**recipes.RECIPES["tiny-c4"], "masks": True})
+    args = [*FLAGS, "--image-size", "64", "--steps", "2", "--root", str(outlined(squares, tmp_path))]
+    st.main([*args, "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert all(0 <= results[stage]["mask AP"] <= 1 for stage in ("teacher", "student"))
+    train = json.loads((tmp_path / "train.json").read_text())
+    for a in train["annotations"]:
+        del a["segmentation"]
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    with pytest.raises(UserError, match="without a segmentation only"):
+        st.main([*args, "--out", str(tmp_path / "other")])
 
 
 # ---- exports -----------------------------------------------------------------------------------------------------
