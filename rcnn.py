@@ -13,7 +13,8 @@ Facts      [d2] detectron2's defaults, Base-RCNN-C4.yaml, Res5ROIHeads, FastRCNN
            detection folder: Res5ROIHeadsExtraNorm, Base-RCNN-C4-BN.yaml (all layers train). Read, not recalled.
 Differs    from [d2]: images are fitted to a fixed square canvas, as everywhere in this project, not to a shortest edge: with the
            rows' sizes the longer side is what it is there, the padding is on top. Smooth L1 with torchvision's beta 1/9 instead
-           of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No PreciseBN: running averages score.
+           of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No PreciseBN: running averages score. No
+           weight decay on biases; images without boxes are trained on; --dry-run's memory leaves the mask branch out.
 Per image  an image's loss is what torchvision's modules say of it alone, and a step's loss their mean over the images of the
            whole step: so it does not depend on how the step is spread, but for which anchors and regions are drawn (as with the
            draws of stochastic depth) and what batch norm sees. A resumed run draws the same ones.
@@ -139,8 +140,8 @@ def criterion(c, device):
 
 
 def losses_of(out, targets, part, images, rpn):
-    """Class and box loss of each image (B, 2), the RPN's plus the regions', the masks' in the second, divided by the images of its
-    part in the whole step. out: RCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}, masks.collate's; images (3,)."""
+    """Class and box loss of each image (B, 2): the RPN's plus the regions', in the second also the masks'; divided by the images
+    of its part in the whole step. out: RCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}, masks.collate's; images (3,)."""
     rows = []
     for i, (boxes, labels) in enumerate(zip(targets["boxes"], targets["labels"])):
         positive, matched = rpn.assign_targets_to_anchors([out["anchors"]], [{"boxes": boxes[labels >= 0]}])
