@@ -34,7 +34,7 @@ FLOOR = 0.05  # detections under this score are not stored, unless the threshold
 def load(flags):
     """-> (training set, validation set) as data.Detections, of the same classes."""
     train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-    train = data.load_coco(train_json, train_dir, with_masks=recipes.RECIPES.get(flags.recipe, {}).get("masks", False))
+    train = data.load_coco(train_json, train_dir, with_masks=recipes.RECIPES.get(flags.recipe, {}).get("instances", False))
     return train, data.load_coco(val_json, val_dir, train.class_ids, train.class_names)
 
 

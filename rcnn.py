@@ -126,7 +126,8 @@ class RCNN(nn.Module):
 
 
 def network(c, classes, norm, backbone_norm):
-    return RCNN(c["backbone"], classes, c["anchors"], c["regions"], c["crop"], c["proposals"], c["masks"], norm, backbone_norm)
+    sizes = [c[k] for k in ("anchors", "regions", "crop", "proposals", "instances")]
+    return RCNN(c["backbone"], classes, *sizes, norm, backbone_norm)
 
 
 def criterion(c, device):

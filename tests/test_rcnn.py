@@ -185,7 +185,7 @@ def test_it_learns_one_image_of_the_embedded_world(tmp_path):
     places = 256 + torch.arange(len(boxes))
     batch.update(number=places.repeat(2, 1),
                  numbers=torch.stack([n * torch.from_numpy(one).int() for n, one in zip(places, seen)]).amax(0).repeat(2, 1, 1))
-    c = {**settings(norm="gn"), "masks": True}
+    c = {**settings(norm="gn"), "instances": True}
     net, dtype = st.build(c, len(world.CLASSES)).train(), torch.bfloat16
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for _ in range(80):
@@ -276,6 +276,7 @@ def test_a_recipe_has_the_published_settings(name, size, steps, drops, batch, lr
 
 
 def test_the_model_chooses_the_recipe_and_must_fit_it():
+    assert [settings(f"{k}-c4")["instances"] for k in ("voc", "bdd", "coco", "tiny")] == [False, False, True, False]
     assert settings(None, model="rcnn-c4")["model"] == "rcnn-c4" and settings(None, model="rcnn-c4")["crop"] == 8
     assert "model" not in settings(None) and "model" not in settings("tiny", model="retinanet")
     for flags, match in ((dict(recipe="coco-b7", model="rcnn-c4"), "--recipe coco-b7 is for --model retinanet"),
@@ -359,7 +360,7 @@ def test_the_mask_loss_is_torchvisions_and_objects_without_a_mask_cost_nothing()
 
 
 def test_mask_rcnn_goes_through_the_pipeline_and_its_masks_are_scored(squares, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(recipes.RECIPES, "tiny-c4", {**recipes.RECIPES["tiny-c4"], "masks": True})
+    monkeypatch.setitem(recipes.RECIPES, "tiny-c4", {**recipes.RECIPES["tiny-c4"], "instances": True})
     args = [*FLAGS, "--image-size", "64", "--steps", "2", "--root", str(outlined(squares, tmp_path))]
     st.main([*args, "--out", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run/results.json").read_text())
