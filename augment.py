@@ -15,6 +15,7 @@ for boxes and masks at once, as pure functions (image, target) -> (image, target
     labels int64   (N,)    }
     scores float32 (N,)    } follow their box: dropped when it is dropped
     crowd  bool    (N,)    }
+    number int64   (N,)    }
     mask   uint8   (H, W)  optional; class index, 255 = ignore (int32 for other numbers per pixel)
     size   (h, w)          rewritten to that of the returned image
 Any other key is handed through untouched. N = 0 is an ordinary case. The input dict and its arrays are never changed.
@@ -52,7 +53,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 MEAN_COLOUR = (124, 116, 104)             # 255 * (0.485, 0.456, 0.406), rounded: ~0 after ImageNet normalisation
 FILL = (128, 128, 128)                    # what the policy ops put where no pixel is (uint8, before normalisation)
 IGNORE = 255                              # mask value of a pixel without a label
-PER_BOX = ('boxes', 'labels', 'scores', 'crowd')
+PER_BOX = ('boxes', 'labels', 'scores', 'crowd', 'number')
 MIN_GAP = 0.05                            # of the image side; see box_rule
 
 # ------------------------------------------------------------------------------------------------ the four policies
@@ -64,6 +65,9 @@ JITTER = {                                # range of the target size's random fa
     's4': (0.5, 2.0),
     's1-large': (0.5, 2.0),               # flip + crop of the released SpineNet configurations; SpineNet-143 and 190 of
     's1-wide': (0.1, 1.9),                # Zoph et al.'s Table 5 (both read in the code, not named so there)
+    's1-voc': (0.6, 1.0),                 # flip + the shorter side of MoCo's and HPT's C4 detectors, 480..800, 640..800 and
+    's1-coco': (0.8, 1.0),                # 362..512, in shares of the largest (rcnn.py, recipes.py; read)
+    's1-bdd': (0.7, 1.0),
 }
 
 # AutoAugment for detection, policy v0. One row is drawn uniformly per image, its ops run left to right, each with its

@@ -212,11 +212,11 @@ class ResNet(nn.Module):
             self.channels[level] = c
         init_convs(self)
 
-    def forward(self, x):
+    def forward(self, x, levels=LEVELS):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, C, H/2, W/2)
         x = F.max_pool2d(x, 3, 2, padding=1)               # (B, C, H/4, W/4)
         feats = {}
-        for level in LEVELS:
+        for level in levels:
             x = feats[level] = getattr(self, f"layer{level - 1}")(x)
         return feats
 

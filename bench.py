@@ -44,7 +44,7 @@ def our_step(batch, c, device, dtype, channels_last=True):
         targets, normaliser = prepare(on_device)
         x = evaluation.normalise(on_device["images"], device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = forward(x if channels_last else x.contiguous())
+            outputs = forward(x if channels_last else x.contiguous(), *[on_device[k] for k in getattr(net, "inputs", ())])
         losses(outputs, targets, on_device["part"], normaliser).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

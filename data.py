@@ -30,6 +30,7 @@ import torch
 from PIL import Image, ImageOps
 
 import augment
+import masks
 import world
 from runs import write_json
 from util import UserError, run
@@ -60,6 +61,8 @@ class Detections:
     class_names: list
     annotation_file: str
     dropped: dict           # reason -> number of boxes left out at load
+    texts: np.ndarray = None   # for Mask R-CNN: the objects' segmentations, and where each is (total, 2): see masks.pack
+    places: np.ndarray = None
 
     def __len__(self):
         return len(self.ids)
@@ -75,6 +78,10 @@ class Detections:
     def read(self, i):
         """(image, target); BadImage if the file cannot be used."""
         target = self.target(i)
+        if self.texts is not None:
+            rows = slice(self.start[i], self.start[i + 1])
+            target.update(mask=masks.draw(self.texts, self.places[rows], self.crowd[rows], target["size"]),
+                          number=masks.FIRST + np.arange(len(target["boxes"])))
         return read_image(self.path(i), target["size"]), target
 
     def subset(self, index):
@@ -85,7 +92,7 @@ class Detections:
         rows = np.arange(start[-1]) + np.repeat(self.start[index] - start[:-1], count)
         return replace(self, files=self.files[index], ids=self.ids[index], sizes=self.sizes[index], start=start,
                        boxes=self.boxes[rows], labels=self.labels[rows], scores=self.scores[rows],
-                       crowd=self.crowd[rows])
+                       crowd=self.crowd[rows], places=None if self.places is None else self.places[rows])
 
 
 def read_json(path, what, keys=("images", "annotations", "categories")):
@@ -101,7 +108,7 @@ def read_json(path, what, keys=("images", "annotations", "categories")):
     return value
 
 
-def load_coco(path, image_dir, class_ids=None, class_names=None, strict=False):
+def load_coco(path, image_dir, class_ids=None, class_names=None, strict=False, with_masks=False):
     """A COCO detection json as Detections. class_ids, class_names: the categories a network is trained on; others are
     refused.
 
@@ -109,13 +116,13 @@ def load_coco(path, image_dir, class_ids=None, class_names=None, strict=False):
     boxes reaching over the border are clipped. UserError also for files that are no COCO json.
     """
     try:
-        return _load_coco(path, image_dir, class_ids, class_names, strict)
+        return _load_coco(path, image_dir, class_ids, class_names, strict, with_masks)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a COCO annotation file: an image, annotation or category lacks a field or has one of "
                         f"the wrong kind ({type(error).__name__}: {error}); see the COCO data format")
 
 
-def _load_coco(path, image_dir, class_ids, class_names, strict):
+def _load_coco(path, image_dir, class_ids, class_names, strict, with_masks):
     value = read_json(path, "annotation file")
     categories = sorted(value["categories"], key=lambda c: c["id"])
     own = [c["id"] for c in categories]
@@ -160,6 +167,9 @@ def _load_coco(path, image_dir, class_ids, class_names, strict):
                                 f"{first.get('bbox')}; mend the file or leave out --strict to drop them")
         keep &= ~bad
     order = np.flatnonzero(keep)[np.argsort(where[keep], kind="stable")]  # boxes grouped by image
+    if with_masks and not any(a.get("segmentation") for a in rows):
+        raise UserError(f"{path} has boxes without a segmentation only, which a recipe with masks cannot learn; take one without")
+    texts, places = masks.pack([rows[k].get("segmentation") for k in order]) if with_masks else (None, None)
     return Detections(
         root=str(image_dir), files=np.array([os.fsencode(f) for f in files], dtype=np.bytes_), ids=ids, sizes=sizes,
         start=np.concatenate([[0], np.cumsum(np.bincount(where[order], minlength=len(ids)))]).astype(np.int64),
@@ -167,7 +177,7 @@ def _load_coco(path, image_dir, class_ids, class_names, strict):
         scores=np.array([a.get("score", 1.0) for a in rows], dtype=np.float32)[order],
         crowd=np.array([bool(a.get("iscrowd", 0)) for a in rows], dtype=bool)[order],
         class_ids=own, class_names=names, annotation_file=str(path),
-        dropped=dropped)
+        dropped=dropped, texts=texts, places=places)
 
 
 def _lookup(table, values):
@@ -376,8 +386,9 @@ class TrainImages(torch.utils.data.Dataset):
         else:
             raise UserError(f"20 images in a row are unusable, first {bad[0]}; run python data.py check (masks: voc.py)")
         human = ~target["crowd"]  # crowd regions are not trained on
-        for field in ("boxes", "labels", "scores", "crowd"):
-            target[field] = target[field][human]
+        for field in augment.PER_BOX:
+            if field in target:
+                target[field] = target[field][human]
         soft, mask = target.pop("soft", None), target.get("mask")
         if soft is not None:  # it is moved as where each pixel comes from
             target["mask"] = 256 + np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
@@ -425,7 +436,9 @@ def collate(samples):
     batch = {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2), "boxes": torch.from_numpy(boxes),
              "labels": torch.from_numpy(labels), "part": torch.tensor(parts),
              "image_id": torch.tensor([t["image_id"] for t in targets]), "bad": reasons}
-    if "mask" in targets[0]:
+    if "number" in targets[0]:
+        batch.update(masks.collate(targets, pixels.shape[1:3]))
+    elif "mask" in targets[0]:
         nowhere = np.full(pixels.shape[1:3], augment.IGNORE, np.uint8)
         batch["masks"] = torch.from_numpy(np.stack([t.get("mask", nowhere) for t in targets]))  # (B, S, S) uint8
     if soft := [t["soft"] for t in targets if "soft" in t]:

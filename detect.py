@@ -1,4 +1,5 @@
-"""What detection plugs into st.py: data, network, losses, scores, pseudo-labels. segment.py has the same functions.
+"""What detection plugs into st.py: data, network, losses, scores, pseudo-labels. segment.py has the same functions. What is said
+of a network is said of RetinaNet; rcnn.py has R-CNN's own network, losses and decoding.
 
 The loss is that of the TensorFlow TPU detection code in which Zoph et al. 2020 released their checkpoints (ops.py); pseudo-labels
 are hard boxes over a score threshold (0.5 in the paper: recalled), or over one chosen on held-out labels (ours).
@@ -17,6 +18,8 @@ import data
 import eval as evaluation
 import models
 import ops
+import rcnn
+import recipes
 import runs
 import util
 from util import UserError
@@ -31,7 +34,7 @@ FLOOR = 0.05  # detections under this score are not stored, unless the threshold
 def load(flags):
     """-> (training set, validation set) as data.Detections, of the same classes."""
     train_json, train_dir, val_json, val_dir = util.rank0_first(lambda: locate(flags))
-    train = data.load_coco(train_json, train_dir)
+    train = data.load_coco(train_json, train_dir, with_masks=recipes.RECIPES.get(flags.recipe, {}).get("instances", False))
     return train, data.load_coco(val_json, val_dir, train.class_ids, train.class_names)
 
 
@@ -49,13 +52,16 @@ def data_deps(train, val):
 
 
 def network(c, classes, norm, backbone_norm):
+    if c.get("model") == "rcnn-c4":
+        return rcnn.network(c, classes, norm, backbone_norm)
     return models.RetinaNet(c["backbone"], classes, c["levels"], c["width"], c["depth"], norm=norm, backbone_norm=backbone_norm,
                             act=c["act"])
 
 
 def anchors_for(c, device):
-    """(A, 4) for the recipe's canvas; None for torchvision's detector, whose canvas follows the image."""
-    if c["image_size"] is None:
+    """(A, 4) for the recipe's canvas; None for torchvision's detector, whose canvas follows the image, and for R-CNN, which has
+    its own."""
+    if c["image_size"] is None or c.get("model") == "rcnn-c4":
         return None
     return ops.make_anchors(c["image_size"], c["image_size"], c["levels"], c["anchor_base"], device=device)
 
@@ -64,6 +70,8 @@ def anchors_for(c, device):
 
 def criterion(c, device):
     """-> prepare(batch) -> (targets {name: (B, ...)}, counts (3,)), losses(outputs, targets, part, counts) -> (B, 2)."""
+    if c.get("model") == "rcnn-c4":
+        return rcnn.criterion(c, device)
     anchors = anchors_for(c, device)
     return lambda batch: assign(batch, anchors), lambda *args: losses_of(*args, anchors)
 

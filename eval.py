@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import data
+import masks
 import ops
 import util
 
@@ -38,7 +39,7 @@ def _imagenet(device):  # made once: creating a tensor on a GPU from numbers wai
 def detections(model, anchors, source, index, size, device, dtype, workers=0, min_score=0.05, batch=BATCH):
     """Detects on images source[index]; yields (i, {"boxes" (n, 4) in the file's pixels, "scores", "labels", "size"})
     as numpy, in order, or (i, {"bad": reason}). model: the unwrapped module, left in eval mode. size, anchors: of the
-    square canvas; both None: as torchvision's detectors do it."""
+    square canvas; both None: as torchvision's RetinaNet does it; only anchors None: the model decodes by itself (rcnn.py)."""
     model.eval()
     if size is None:
         yield from torchvision_detections(model, source, index, device, dtype, workers, min_score)
@@ -47,8 +48,9 @@ def detections(model, anchors, source, index, size, device, dtype, workers=0, mi
     for rows in data.eval_loader(source, index, size, batch, workers):
         window = (rows["original"] * rows["scale"][:, None]).round().clamp(min=1)  # (B, 2) the unpadded part
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, deltas = model(normalise(rows["images"], device))
-        found = ops.detect(logits, deltas, anchors, window.to(device), min_score=min_score)
+            outputs = model(normalise(rows["images"], device))
+        found = ops.detect(*outputs, anchors, window.to(device), min_score=min_score) if anchors is not None else \
+            model.decode(outputs, window, min_score)
         bad = dict(rows["bad"])
         for j in range(min(batch, len(index) - done)):  # the last batch is filled up with repeats
             i = index[done + j]
@@ -57,8 +59,9 @@ def detections(model, anchors, source, index, size, device, dtype, workers=0, mi
                 continue
             h, w = rows["original"][j].tolist()
             boxes = (found[j]["boxes"].cpu().numpy() / float(rows["scale"][j])).clip(0, [w, h, w, h])
+            rles = {"rles": masks.encode(found[j]["masks"].cpu(), boxes, (h, w))} if "masks" in found[j] else {}
             yield i, {"boxes": boxes, "scores": found[j]["scores"].cpu().numpy(),
-                      "labels": found[j]["labels"].cpu().numpy(), "size": (h, w)}
+                      "labels": found[j]["labels"].cpu().numpy(), "size": (h, w), **rles}
         done += batch
 
 
@@ -123,7 +126,8 @@ def evaluate(model, anchors, val, size, workers, run, log):
 def coco_ap(annotation_file, detected, ids, class_ids):
     """COCO AP. detected: {i: {"boxes" xyxy, "scores", "labels"}} over positions in ids -> {metric: float}.
 
-    ids: COCO image ids; class_ids: category id of each class. Without any detection all metrics are 0.
+    ids: COCO image ids; class_ids: category id of each class. Without any detection all metrics are 0. Where the detections have
+    "rles" and all objects segmentations, the same of masks, as "mask AP" and so on.
     UserError when ids are not those of the annotation file.
     """
     truth = data.read_json(annotation_file, "annotation file")
@@ -142,11 +146,21 @@ def coco_ap(annotation_file, detected, ids, class_ids):
             for i, d in detected.items() if "bad" not in d and len(d["scores"])]
     if not rows:
         return dict.fromkeys(METRICS, 0.0)
+    outlined = [{"image_id": int(ids[i]), "category_id": class_ids[k], "score": float(s), "segmentation": rle}
+                for i, d in detected.items() for k, s, rle in zip(d.get("labels", ()), d.get("scores", ()), d.get("rles", ()))]
+    metrics = scored(truth, np.concatenate(rows), ids, "bbox")
+    if outlined and all(a.get("segmentation") for a in truth["annotations"]):
+        metrics.update({f"mask {k}": v for k, v in scored(truth, outlined, ids, "segm").items()})
+    return metrics
+
+
+def scored(truth, results, ids, kind):
+    """COCOeval's metrics on the images `ids`, of boxes (kind bbox) or masks (segm)."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        scorer = COCOeval(coco, coco.loadRes(np.concatenate(rows)), "bbox")
+        scorer = COCOeval(coco, coco.loadRes(results), kind)
         scorer.params.imgIds = sorted(int(i) for i in ids)
         scorer.evaluate()
         scorer.accumulate()

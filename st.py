@@ -3,6 +3,7 @@ Pre-training and Self-training").
 
     python st.py                                                    the embedded world, a few minutes on two cores
     python st.py --task seg                                         the same for segmentation (cls: classification)
+    python st.py --model rcnn-c4                                    the same with Faster R-CNN, HPT's detector (rcnn.py)
     torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
     python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
     python st.py --mode pseudo --ckpt retinanet_resnet50_fpn_coco-eeacb38b.pth ...    with torchvision's COCO detector
@@ -80,6 +81,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
     used, names = [k for k, count in enumerate(counts) if count], task.TERMS + ["class"] * (len(counts) > 2)
     if joint := len(counts) > 2:
         prepare, losses = classify.joined(prepare, losses)
+    inputs = ("part",) if joint else getattr(net, "inputs", ())  # of a batch, that the network needs besides the images
     optimizer, averages, start, curve, began = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, [], time.time()
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
@@ -104,7 +106,7 @@ def train(folder, net, parts, counts, steps, c, val, run, log):
             part = batch["part"][rows]
             with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[part] * joint)
+                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[batch[k][rows] for k in inputs])
                 each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
                 loss = combined([each[part == k].sum() for k in used], averages, c, joint)
                 (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
@@ -490,7 +492,7 @@ def given_images(flags, task):
 
 def use_checkpoint(flags, run):
     """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
-    ignored = [f for f in ("backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
+    ignored = [f for f in ("model", "backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
                if getattr(flags, f) is not None] + [f for f in ("dry_run", "joint", "eval_every") if getattr(flags, f)]
     if ignored:
         raise UserError(f"--mode {flags.mode} takes the network and its settings from --ckpt; leave out "

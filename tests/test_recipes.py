@@ -57,7 +57,8 @@ def lr_of(c, step):
 # ---- the rows ----------------------------------------------------------------------------------------------------
 
 def test_the_table_has_the_rows_tested_here():
-    assert list(recipes.RECIPES) == ["tiny", *ROWS, "seg-tiny", "seg-fine", *SEG_ROWS, "cls-tiny"]
+    assert list(recipes.RECIPES) == ["tiny", *ROWS, "voc-c4", "bdd-c4", "coco-c4", "tiny-c4", "seg-tiny", "seg-fine",
+                                           *SEG_ROWS, "cls-tiny"]
 
 
 @pytest.mark.parametrize("name", SEG_ROWS)
