@@ -29,6 +29,10 @@ PRETRAINING = {
     "simclr": ("1_all_single/backbone.pt", "--program hpt --recipe tiny --method simclr --stage single:1500"),
     "base": ("1_all_photo/backbone.pt", "--program hpt --stage photo:1500"),
     "chain": ("1_all_strokes/backbone.pt", "--program hpt --stage strokes:400 --init {base}"),
+    # of hpt-detect, whose target are scenes such as the detector's
+    "target": ("1_all_unlabeled/backbone.pt", "--program hpt --stage unlabeled:1500"),
+    "hpt": ("1_all_unlabeled/backbone.pt", "--program hpt --stage unlabeled:400 --init {base}"),
+    "hpt-bn": ("1_bn_unlabeled/backbone.pt", "--program hpt --stage unlabeled:400:bn --init {base}"),
 }
 
 
@@ -136,6 +140,12 @@ STUDIES = {
         rows={name: ("linear", HPT.replace("{column}", "sketch") + flags, ()) for name, flags in (
             ("Target", "1500"), ("HPT", "400 --init {base}"), ("HPT-BN", "400:bn --init {base}"))},
         compare=[("HPT", "Target"), ("crop", "baseline")]),
+    "hpt-detect": dict(
+        title="HPT: detection transfer, Faster R-CNN C4 on all labels (section 4.4)", columns={"100%": "--labeled 1"},
+        rows={name: ("teacher", "--recipe tiny-c4 --steps 1200 --aug s1 --threshold 0.5 --mode train" + init, ())
+              for name, init in (("random", ""), ("Base", " --init {base}"), ("Target", " --init {target}"),
+                                 ("HPT", " --init {hpt}"), ("HPT-BN", " --init {hpt-bn}"))},
+        compare=[("Base", "random"), ("HPT", "Base"), ("HPT", "Target"), ("HPT-BN", "Base")]),
     "hpt-mme": dict(  # the columns are target labels per class
         title="Domain adaptation with few labels, photo to strokes (section 4.6)", columns=dict.fromkeys(("1", "3", "10"), ""),
         rows={start + way: (f"{way}, {{column}}",

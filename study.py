@@ -5,7 +5,7 @@ And those of Reed et al. 2022 (HPT), as grids of hpt.py runs. What is run stands
     python study.py table2 --seeds 3 --task seg --only S1   the others: table4 table7 pascal alpha threshold student-init regime
     python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
     python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet -- --backbone resnet18 --image-size 256
-    python study.py hpt-linear --seeds 3                    HPT: also hpt-semi hpt-chain hpt-augment hpt-fraction hpt-mme
+    python study.py hpt-linear --seeds 3                    also hpt-semi hpt-chain hpt-augment hpt-fraction hpt-detect hpt-mme
     python study.py findings                                verdicts on the findings from the results of the studies
 
 A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
@@ -48,7 +48,7 @@ PROGRAMS = {name: [sys.executable, str(Path(__file__).with_name(f"{name}.py"))] 
 POLL = 0.2  # seconds between looks at the runs
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
 METRIC = {"det": "AP", "seg": "mIoU", "hpt": "accuracy"}
-START = re.compile(r"(pre|pre\+\+|simclr|base|chain)=")  # what --init may name
+START = re.compile(r"(pre|pre\+\+|simclr|base|chain|target|hpt|hpt-bn)=")  # what --init may name
 
 # Flags of st.py and hpt.py that pre-training shares with what starts from it; and those that are for studies alone to give.
 NETWORK = ("backbone", "norm", "device", "precision", "workers", "compile")
@@ -64,7 +64,8 @@ class Missing(Exception):
 
 def ours(o):
     """The module whose flags and recipes a study is about."""
-    return hpt if o.name.startswith("hpt-") else recipes
+    rows = studies.STUDIES.get(o.name, {"rows": {}})["rows"].values()
+    return hpt if any("--program hpt" in flags for _, flags, _ in rows) else recipes
 
 
 def words(o):
@@ -403,7 +404,8 @@ def arguments(argv):
         raise UserError(f"{o.name} runs hpt.py on the embedded domains; leave out --task, --world, --unlabeled and --joint, or "
                         "run hpt.py itself")
     o.task = "hpt" if program is hpt else o.task or ("seg" if o.world == "voc" else "det")
-    starts = ("base", "chain") if program is hpt else ("pre", "pre++", "simclr")
+    starts = ("base", "chain") if program is hpt else ("pre", "pre++", "simclr") if o.name != "hpt-detect" else \
+        ("base", "target", "hpt", "hpt-bn")
     o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
     o.results, o.out = Path(o.results), Path(o.out)
     study, after = studies.STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
