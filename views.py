@@ -5,7 +5,7 @@
 
 Nothing is drawn here, `todo` says all: a view is the one that augment.view makes of the same rng, and depends neither on its
 batch nor on the number of processes. Every operation gives whole numbers, as Pillow's do, by Pillow's formulas [its C code,
-recalled] and roundings, in each image's own order. Measured on CPU against Pillow 13: brightness, contrast, saturation, grey agree
+recalled] and roundings, in each image's own order. On CPU, with Pillow 13, brightness, contrast, saturation, grey agree
 to the last bit; a turn of hue on all but 1 in 200,000 colours, there to one grey level; a blur to one level in a few pixels,
 to four where its weights are simple fractions (a deviation of exactly 1).
 
