@@ -405,22 +405,35 @@ def random_crop(image, size, scale, rng):
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + cw, y + ch))
 
 
+def draw_view(image, size, crop, jitter, grey, blur, rng, flip=0.5):
+    """-> the crop of a view, and what is to be done to it (`view` says when), (11,) float32: which of brightness, contrast,
+    saturation, hue (0..3) comes first, second, third, fourth, or -1; their arguments in that order (factors; of hue the turn in
+    256ths); 1 for grey; the blur's deviation, 0 for none; 1 for mirrored. views.finish does it to a batch."""
+    image, order, values = random_crop(image, size, crop, rng), [-1] * 4, [0] * 4
+    if jitter and rng.random() < 0.8:
+        order = rng.permutation(4).tolist()
+        values = [round(rng.uniform(-jitter[3], jitter[3]) * 255) if k == 3 else
+                  rng.uniform(max(0, 1 - jitter[k]), 1 + jitter[k]) for k in order]
+    grey = rng.random() < grey
+    deviation = rng.uniform(*blur) if blur and rng.random() < 0.5 else 0
+    return image, np.array([*order, *values, grey, deviation, rng.random() < flip], np.float32)
+
+
 def view(image, size, crop, jitter, grey, blur, rng, flip=0.5):
     """One view for contrastive learning (MoCo v2's list of operations, in its order).
     crop: range of area; jitter: largest change of brightness, contrast, saturation (as factors) and hue (of a full turn), in
     random order, p = 0.8; grey, flip: probabilities; blur: range of the Gaussian's deviation in pixels, p = 0.5. jitter, blur: 0
     for none."""
-    image = random_crop(image, size, crop, rng)
-    if jitter and rng.random() < 0.8:
-        for k in rng.permutation(4):
-            if k == 3:
-                turn = round(rng.uniform(-jitter[3], jitter[3]) * 255)
-                h, s, v = image.convert('HSV').split()
-                image = Image.merge('HSV', (h.point([(i + turn) % 256 for i in range(256)]), s, v)).convert('RGB')
-            else:
-                image = ENHANCE[k](image).enhance(rng.uniform(max(0, 1 - jitter[k]), 1 + jitter[k]))
-    if rng.random() < grey:
+    image, todo = draw_view(image, size, crop, jitter, grey, blur, rng, flip)
+    *changes, grey, deviation, mirrored = todo.tolist()
+    for k, value in zip(map(int, changes[:4]), changes[4:]):
+        if k == 3:
+            h, s, v = image.convert('HSV').split()
+            image = Image.merge('HSV', (h.point([(i + int(value)) % 256 for i in range(256)]), s, v)).convert('RGB')
+        elif k >= 0:
+            image = ENHANCE[k](image).enhance(value)
+    if grey:
         image = image.convert('L').convert('RGB')
-    if blur and rng.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*blur)))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < flip else image
+    if deviation:
+        image = image.filter(ImageFilter.GaussianBlur(deviation))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image

@@ -51,6 +51,7 @@ import show
 import util
 import world
 from util import UserError
+from views import finish as finish_views
 
 EMBEDDED = [*world.DOMAINS, "single", "unlabeled"]  # sources by name
 
@@ -112,6 +113,7 @@ class Config:
     precision: str = "auto"
     device: str = "auto"
     workers: int = -1
+    device_views: bool = False
     save_every: int = 0
 
 
@@ -145,6 +147,8 @@ HELP = {
         "precision": "{auto|bf16|fp32} auto: bf16 where the hardware multiplies it natively",
         "device": "{auto|cpu|cuda}",
         "workers": "loader processes per process, -1 for automatic",
+        "device_views": "loaders only crop; colours, blur and mirroring follow on the device, a batch at once: for a GPU that "
+                        "waits for its loaders (`waiting` in the log); on a CPU it is no faster",
         "save_every": f"steps between checkpoints; 0: a tenth of the stage, at most {SAVE:,}"},
 }
 
@@ -303,7 +307,8 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
         ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
         ddp.broadcast_buffers = False  # as an argument it is deprecated, and its successor is not in every release
     views = 1 if isinstance(net, Statistics) else 2
-    batches, began, waited = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers, views), time.time(), 0.0
+    batches = view_loader(paths, start, steps, c, seed, rank, ranks, flags.workers, views, device if flags.device_views else None)
+    began, waited = time.time(), 0.0
     for step in range(start, steps):
         torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
         clock = time.time()
@@ -352,37 +357,41 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
 # ---- views -------------------------------------------------------------------------------------------------------
 
 class Views(torch.utils.data.Dataset):
-    """Views of an image, (views, S, S, 3) uint8. Keys are (step, slot, index): random numbers come from (seed, step, slot)."""
+    """Views of an image, (views, S, S, 3) uint8. Keys are (step, slot, index): random numbers come from (seed, step, slot).
+    cropped: only the crops, and (views, 11) what is left to be done to them."""
 
-    def __init__(self, paths, c, seed, views):
-        self.paths, self.seed, self.views = paths, seed, views
+    def __init__(self, paths, c, seed, views, cropped=False):
+        self.paths, self.seed, self.views, self.cropped = paths, seed, views, cropped
         self.how = {"size": c["image_size"], **{k: c[k] for k in ("crop", "jitter", "grey", "blur", "flip")}}
 
     def __getitem__(self, key):
         step, slot, index = key
         image, _, bad = probe.read_usable(self.paths, index)
-        rng = np.random.default_rng((self.seed, step, slot))
-        return np.stack([np.asarray(augment.view(image, rng=rng, **self.how)) for _ in range(self.views)]), bad
+        how = {"image": image, "rng": np.random.default_rng((self.seed, step, slot)), **self.how}
+        drawn = [augment.draw_view(**how) if self.cropped else (augment.view(**how), ()) for _ in range(self.views)]
+        return np.stack([np.asarray(image) for image, _ in drawn]), np.stack([todo for _, todo in drawn]), bad
 
 
 def collate(samples):
-    """-> views uint8 (views, B, 3, S, S), each in channels_last; [(row, reason)] of unusable files."""
-    views, bad = zip(*samples)
+    """-> views uint8 (views, B, 3, S, S), each in channels_last; (views, B, 11 or 0); [(row, reason)] of unusable files."""
+    views, todo, bad = zip(*samples)
     reasons = [(i, text) for i, some in enumerate(bad) for text in some]
-    return torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3), reasons
+    return torch.from_numpy(np.stack(views, 1)).permute(0, 1, 4, 2, 3), torch.from_numpy(np.stack(todo, 1)), reasons
 
 
-def view_loader(paths, start, stop, c, seed, rank, ranks, workers, views=2):
-    """This process's share of the batches of steps start..stop-1, of endless shuffled passes over the images."""
+def view_loader(paths, start, stop, c, seed, rank, ranks, workers, views=2, device=None):
+    """This process's share of the batches of steps start..stop-1, of endless shuffled passes over the images: views, bad.
+    device: where all that follows the crop is done, None for the loader."""
     batch, mine = c["batch"], c["batch"] // ranks
     keys = ([(step, slot, data.shuffled_index(step * batch + slot, len(paths), seed))
              for slot in range(rank * mine, (rank + 1) * mine)] for step in range(start, stop))
-    return data.loader(Views(paths, c, seed, views), keys, workers, collate)
+    for views, todo, bad in data.loader(Views(paths, c, seed, views, device is not None), keys, workers, collate):
+        yield finish_views(views.to(device, non_blocking=True), todo) if device else views, bad
 
 
 def save_views(views, path, images=8):
     """The views of some images, side by side, as a PNG."""
-    n, pictures = len(views), views[:, :images].permute(1, 0, 3, 4, 2).flatten(0, 1).contiguous().numpy()
+    n, pictures = len(views), views[:, :images].cpu().permute(1, 0, 3, 4, 2).flatten(0, 1).contiguous().numpy()
     show.save_sheet(path, [(Image.fromarray(p), data.nothing(i), f"image {i // n}, view {i % n + 1}", show.HUMAN)
                            for i, p in enumerate(pictures)], [])
 
@@ -450,7 +459,8 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     rank, ranks, device, dtype = run
     deps = {**{k: v for k, v in c.items() if not k.startswith(("probe", "tune"))}, "mode": mode, "steps": steps,
             "init": init_digest, "images": runs.digest([os.fsdecode(p) for p in paths.tolist()]), "seed": flags.seed,
-            "precision": str(dtype), "fraction": flags.fraction, "world": world.VERSION if source in EMBEDDED else 0}
+            "precision": str(dtype), "fraction": flags.fraction, "world": world.VERSION if source in EMBEDDED else 0,
+            **({"device_views": True} if flags.device_views else {})}
     if result := util.rank0_first(lambda: runs.stage(folder, deps)):
         log.say(f"{folder}: finished before")
         return result
