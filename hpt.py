@@ -19,8 +19,7 @@ After facts of the released code, where it and the text disagree: HPT-BN trains 
 drawn anew in every stage. Other than there: gradients of HPT-BN are averaged over the processes, so are running statistics;
 batch-norm groups do not depend on the number of processes. The paper's HPT-BN is the best of up to four learning rates (0.03,
 0.003, 0.1, and 0.1 on crops and flips alone), here one run with the given --lr. The paper does not say how Base's statistics are
-estimated: here as the average over batch-norm groups of the views that the other modes are trained on. Not here: BYOL, LARS,
-detection.
+estimated: here as the average over batch-norm groups of the views that the other modes are trained on. Not here: BYOL, LARS.
 """
 import copy
 import math
@@ -53,8 +52,6 @@ import world
 from util import UserError
 from views import finish as finish_views
 
-EMBEDDED = [*world.DOMAINS, "single", "unlabeled"]  # sources by name
-
 # ---- recipes -----------------------------------------------------------------------------------------------------
 
 # MoCo v2 as in HPT's configurations: SGD, momentum 0.9, lr linear in the batch, cosine to 0, no warm-up. groups: into how many
@@ -79,6 +76,7 @@ RECIPES = {
 VIEWS = {  # --views: what is not done to them, as in the released configurations; in the text, always one thing more [recalled]
     "baseline": (), "no-grey": ("grey",), "no-colour": ("jitter",), "crop-blur": ("jitter", "grey", "flip"),
     "crop": ("jitter", "grey", "flip", "blur")}
+EMBEDDED = [*world.DOMAINS, "single", "unlabeled"]  # sources by name
 TEMPERATURE = {"moco": 0.2, "simclr": 0.1}
 DIM = 128  # of the embedding
 SAVE = 5000  # steps between checkpoints, at most
