@@ -1,5 +1,6 @@
 """Probes find what is there to find, leave the backbone alone, and choose without looking at what they report on."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -240,10 +241,10 @@ def test_the_papers_datasets_are_read_as_sources_writes_them(tmp_path):
 def test_bad_lists_are_one_line(colours, tmp_path, text, match):
     folder = lists(colours, tmp_path, test=False)
     (folder / "train.csv").write_text(text)
-    if match is None:  # a validation part in which no class is told from its absence
+    if match is None:  # a part in which no class is told from its absence
         (folder / "val.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
         (folder / "test.csv").write_text("path,red,warm,violet\nx.png,1,0,0")
-        match = "no class with and without images in the val part, 1 images"
+        match = "no class with and without images in the train part, 1 images"
     with pytest.raises(UserError, match=match) as error:
         probe.load(str(folder), 0)
     assert "\n" not in str(error.value)

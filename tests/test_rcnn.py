@@ -188,7 +188,7 @@ def test_it_learns_one_image_of_the_embedded_world(tmp_path):
     c = {**settings(norm="gn"), "instances": True}
     net, dtype = st.build(c, len(world.CLASSES)).train(), torch.bfloat16
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for _ in range(80):
+    for _ in range(120):
         with torch.autocast("cpu", dtype):
             loss = losses_for(net, batch, c).sum()
         optimizer.zero_grad()
