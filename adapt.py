@@ -146,7 +146,7 @@ def batches(source, few, rest, start, steps, batch, lam, c):
 
 
 @torch.no_grad()
-def accuracy(net, images, c, run, log):
+def accuracy(net, images, c, run, log, which="validation"):
     """Share of right answers on the middles of (paths, labels); unreadable images are left out."""
     n, right, bad = len(images[1]), [], []
     net.eval()
@@ -156,7 +156,7 @@ def accuracy(net, images, c, run, log):
         right.append((answers == labels)[labels >= 0])
         bad += reasons
     net.train()
-    evaluation.say_unusable(bad, n, "left out", probe.CHECK, log)
+    evaluation.say_unusable(bad, n, "left out", probe.CHECK, log, which)
     return torch.cat(right).float().mean().item()
 
 
@@ -196,7 +196,7 @@ def load(source, target, budgets, seed):
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", budgets):
         raise UserError(f"--budgets {budgets} is no list of numbers; give target labels per class, as in 1,3,10")
     few = {n: shots(target["train"], n, seed) for n in sorted(set(map(int, budgets.split(","))))}
-    counts = np.bincount(target["train"][1])
+    counts = np.bincount(target["train"][1], minlength=len(target["names"]))
     if max(few) >= counts.min():  # none would be left without label
         raise UserError(f"--budgets {max(few)} is too large: {target['root']} has {counts.min()} training images of "
                         f"{target['names'][counts.argmin()]}; lower it")
@@ -253,13 +253,14 @@ def mme(out, backbone, weights, domains, c, run, log):
     for budget, (few, rest) in domains["few"].items():
         row = {"budget": budget, "labels": len(few[0]), "S+T": 0.0, "MME": 0.0, "validation": {}, "step": {}, "steps": {}}
         for method, lam in (("S+T", 0.0), ("MME", LAMBDA)):
-            folder, own = out / f"{budget}_{method}", {**deps, "budget": budget, "lambda": lam}
+            folder, own = out / f"{budget}_{method}", {**deps, "budget": budget, "lambda": lam, "T": T, "patience": PATIENCE,
+                                                              "validation": VALIDATION}
             if not (result := runs.stage(folder, own)):
                 torch.manual_seed(c["seed"])  # the same classifier for both
                 net = Cosine(copy.deepcopy(backbone), len(domains["names"]), pixels, run[3])
                 net.to(run[2], memory_format=torch.channels_last)
                 result = train(folder, net, labelled, few, rest, val, lam, s, c, run, log)
-                result = runs.finish(folder, own, {**result, "accuracy": accuracy(net, domains["test"], c, run, log)})
+                result = runs.finish(folder, own, {**result, "accuracy": accuracy(net, domains["test"], c, run, log, "test")})
             row[method] = result["accuracy"]
             for k in ("validation", "step", "steps"):
                 row[k][method] = result[k]

@@ -36,7 +36,7 @@ def detectron2_name(key):
 def export(source, naming, out, backbone="resnet50"):
     """Writes `source`'s backbone to `out` -> what was done, in two lines. UserError if it is no ResNet with batch norm."""
     if os.path.isdir(source):
-        source = str(runs.newest(source)[0] or source)
+        source = runs.weights_of(source)
     if not out.endswith(".pth"):
         raise UserError(f"{out} does not end in .pth, by which detectron2 and others know how to read a file; name it so")
     try:

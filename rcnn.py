@@ -12,9 +12,10 @@ sampling, losses and decoding are torchvision's detection modules, put together 
 Facts      [d2] detectron2's defaults, Base-RCNN-C4.yaml, Res5ROIHeads, FastRCNNOutputLayers, MaskRCNNConvUpsampleHead; [moco] its
            detection folder: Res5ROIHeadsExtraNorm, Base-RCNN-C4-BN.yaml (all layers train). Read, not recalled.
 Differs    from [d2]: images are fitted to a fixed square canvas, as everywhere in this project, not to a shortest edge: with the
-           rows' sizes the longer side is what it is there, the padding is on top. Smooth L1 with torchvision's beta 1/9 instead
-           of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No PreciseBN: running averages score. No
-           weight decay on biases; images without boxes are trained on; --dry-run's memory leaves the mask branch out.
+           rows' sizes one of 4:3 is as large as there, one of 3:2 a tenth smaller; the padding is on top. Smooth L1 with
+           torchvision's beta 1/9 instead of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No
+           PreciseBN: running averages score. No weight decay on biases; images without boxes are trained on; --dry-run's memory
+           leaves the mask branch out.
 Per image  an image's loss is what torchvision's modules say of it alone, and a step's loss their mean over the images of the
            whole step: so it does not depend on how the step is spread, but for which anchors and regions are drawn (as with the
            draws of stochastic depth) and what batch norm sees. A resumed run draws the same ones.

@@ -46,8 +46,7 @@ SEG = dict(task="seg", backbone="resnet10", batch=8, ref_batch=8, steps=5000, st
 # Detection transfer of HPT and MoCo: R50-C4 (rcnn.py; instances: Mask R-CNN), read: [moco] MoCo's detection/configs, [hpt] HPT's
 # OpenSelfSup/benchmarks/detection/configs, [d2] detectron2's defaults. Batch 16, lr 0.02, VOC's steps and warm-up are [moco]'s,
 # BDD's steps and sizes [hpt]'s; warm-up from 0.001, weight decay, anchors, regions, proposals and crop [d2]'s. Conflicts:
-#  - HPT ran at batch 8 and lr 0.01 for as many steps (its base configuration is not in the copy read: recalled): bdd-c4 follows
-#    that, for the others it is --batch 8 (lr follows).
+#  - HPT ran at batch 8 and lr 0.01 for as many steps [hpt]: bdd-c4 follows that, for the others it is --batch 8 (lr follows).
 #  - COCO's 90k steps are the 1x of HPT's table; [moco]'s file has 2x: --steps 180000 (the drops keep their place).
 #  - the longer side fits image_size where detectron2's shorter one has its test size (800: 1067 px at 4:3; BDD's 512: 910 at
 #    16:9); the policies shrink it as the shorter training sides do. Pixels are normalised as ImageNet's, HPT's BDD by BDD's own.
@@ -239,7 +238,7 @@ def settings(flags, ranks):
         c.update(levels=(3, 7), act="swish")
     c["student_batch"] = c.get("student_batch", RECIPES[recipe]["batch"]) * c["batch"] // RECIPES[recipe]["batch"]
     if os.path.isdir(c["init"]):
-        c["init"] = str(runs.newest(c["init"])[0] or c["init"])
+        c["init"] = runs.weights_of(c["init"])
     row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
     coarsest = math.ceil(size / 2 ** c.get("levels", (2, 5))[1]) ** 2  # cells of the last level
     for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0),

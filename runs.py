@@ -73,6 +73,12 @@ def load_latest(folder):
     return newest(folder)[1]
 
 
+def weights_of(folder):
+    """Path of the weights in a stage's folder: hpt.py's backbone.pt, or the newest usable checkpoint; else the folder itself."""
+    own = Path(folder) / "backbone.pt"
+    return str(own if own.exists() else newest(folder)[0] or folder)
+
+
 def newest(folder):
     """The same with its path, or (None, None); damaged ones are named and skipped."""
     for path in reversed(checkpoints(folder)):

@@ -483,8 +483,9 @@ def joint_root(flags):
 
 def given_images(flags, task):
     """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
-    if task == "seg" and flags.unlabeled.isidentifier():  # else it cannot be a list's name, and the world need not be drawn
-        root = segment.locate(flags)
+    # the embedded world is drawn only for what can be one of its lists; a folder of that name comes first
+    if task == "seg" and (flags.data == "voc" or flags.unlabeled.isidentifier() and not os.path.exists(flags.unlabeled)):
+        root = util.rank0_first(lambda: segment.locate(flags))
         if voc.list_file(root, flags.unlabeled).exists():
             return voc.images_of(root, flags.unlabeled)
     return data.list_images(flags.unlabeled)

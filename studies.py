@@ -7,7 +7,7 @@
 # were settled on one seed by one criterion, that labels limit supervised training and steps do not, and frozen before any study
 # was run. Under S1, 1,500 steps do: mIoU 26, 52 from 20, 100 images, and less than 2 more after the control's further 800. Under
 # S4 3,000 did not seem to (42, 68; 44, 70 after 800 more; 46, 72 after 2,000), so the paper's studies under S4 are done under S1
-# here; over three seeds the control gains no more under S4 than under S1, but labels matter less there (table2-20). One scale:
+# here; over three seeds the control gains hardly more under S4 (2.4) than under S1 (1.9): see table2-20. One scale:
 # the paper's six reach beyond what S1 shows the net. shapes, det: PLACEHOLDERS; steps limit it on a CPU.
 SETTINGS = {
     ("shapes", "det"): "--steps 2000 --student-steps 700 --eval-every 100",

@@ -124,7 +124,7 @@ def basis(flags):
     row = hpt.RECIPES[flags["recipe"]] if "program" in flags else \
         recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
     init = Path(backbones.split_source(flags.get("init", "random"))[1])
-    init = runs.newest(init)[0] or init if init.is_dir() else init
+    init = Path(runs.weights_of(init)) if init.is_dir() else init
     return runs.digest([row, world.VERSION if "program" in flags or flags["data"] == "shapes" else 0,
                         file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
 

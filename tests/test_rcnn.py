@@ -247,6 +247,7 @@ def test_a_backbone_of_hpt_fills_c4_and_the_head(tmp_path):
     given, net = backbones.build("resnet10"), st.build(settings(), 3)
     torch.save({"model": given.state_dict(), "about": {"backbone": "resnet10"}}, tmp_path / "backbone.pt")  # as hpt.py writes it
     assert not torch.equal(net.backbone.layer4[0].conv1.weight, given.layer4[0].conv1.weight)
+    assert runs.weights_of(tmp_path) == str(tmp_path / "backbone.pt")  # as --init and export.py take a stage's folder
     st.initialise(net.backbone, str(tmp_path / "backbone.pt"))
     assert all(torch.equal(v, given.state_dict()[k]) for k, v in net.backbone.state_dict().items())
 

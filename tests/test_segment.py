@@ -101,6 +101,10 @@ def test_the_embedded_worlds_lists_are_pools_by_name_and_by_default(tmp_path, mo
     assert st.given_images(pseudo, "seg").tolist() == paths.tolist()
     with pytest.raises(UserError, match="no image found at --unlabeled aug"):
         st.given_images(pseudo, "det")
+    (tmp_path / "elsewhere/aug").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no image found at --unlabeled aug"):  # the user's own folder, though empty
+        st.given_images(pseudo, "seg")
 
 
 def test_a_class_that_is_neither_there_nor_predicted_does_not_count():
