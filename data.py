@@ -167,9 +167,10 @@ def _load_coco(path, image_dir, class_ids, class_names, strict, with_masks):
                                 f"{first.get('bbox')}; mend the file or leave out --strict to drop them")
         keep &= ~bad
     order = np.flatnonzero(keep)[np.argsort(where[keep], kind="stable")]  # boxes grouped by image
-    if with_masks and not any(a.get("segmentation") for a in rows):
+    if with_masks and all(a.get("segmentation") in (None, [], [[]]) for a in rows):
         raise UserError(f"{path} has boxes without a segmentation only, which a recipe with masks cannot learn; take one without")
-    texts, places = masks.pack([rows[k].get("segmentation") for k in order]) if with_masks else (None, None)
+    texts, places = masks.pack([rows[k].get("segmentation") for k in order], sizes[where[order]].tolist()) if with_masks else (
+        None, None)
     return Detections(
         root=str(image_dir), files=np.array([os.fsencode(f) for f in files], dtype=np.bytes_), ids=ids, sizes=sizes,
         start=np.concatenate([[0], np.cumsum(np.bincount(where[order], minlength=len(ids)))]).astype(np.int64),

@@ -149,7 +149,8 @@ def coco_ap(annotation_file, detected, ids, class_ids):
     outlined = [{"image_id": int(ids[i]), "category_id": class_ids[k], "score": float(s), "segmentation": rle}
                 for i, d in detected.items() for k, s, rle in zip(d.get("labels", ()), d.get("scores", ()), d.get("rles", ()))]
     metrics = scored(truth, np.concatenate(rows), ids, "bbox")
-    if outlined and all(a.get("segmentation") for a in truth["annotations"]):
+    sizes = {im["id"]: (im["height"], im["width"]) for im in truth["images"]}
+    if outlined and all(masks.usable(a.get("segmentation"), sizes.get(a["image_id"], ())) for a in truth["annotations"]):
         metrics.update({f"mask {k}": v for k, v in scored(truth, outlined, ids, "segm").items()})
     return metrics
 

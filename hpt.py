@@ -524,8 +524,8 @@ def settings(flags, ranks):
     if odd := set(filter(None, flags.eval.split(","))) - {*probe.EVALUATIONS, "mme"}:
         raise UserError(f"--eval {sorted(odd)[0]} is unknown; give any of {','.join(probe.EVALUATIONS)},mme")
     if bool(flags.source) != (mme := "mme" in flags.eval.split(",")) or mme and ranks > 1:
-        raise UserError("--eval mme and --source go together (the labelled domain, a folder with train/CLASS or an embedded one), "
-                        "without torchrun")
+        raise UserError("--eval mme and --source go together (the labelled domain, a folder with train/CLASS or an embedded "
+                        "one), without torchrun")
     return c
 
 

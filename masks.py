@@ -13,9 +13,22 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 FIRST = 256  # number of object 0 in a map
 
 
-def pack(segmentations):
-    """COCO's segmentations (polygons, RLE, None) as json texts one after another, (bytes,) uint8, and where each is, (n, 2): flat
-    arrays, which worker processes share."""
+def usable(segmentation, size):
+    """Whether a segmentation can be drawn: polygons of three points or more, or RLE of an image of that size (h, w)."""
+    if isinstance(segmentation, dict):
+        return "counts" in segmentation and list(segmentation.get("size", ())) == list(size)
+    return isinstance(segmentation, list) and len(segmentation) > 0 and all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+
+
+def pack(segmentations, sizes):
+    """COCO's segmentations (polygons, RLE; None, [] or [[]] where there is none) of images of those sizes (n, 2), as json texts
+    one after another, (bytes,) uint8, and where each is, (n, 2): flat arrays, which workers share. ValueError otherwise."""
+    segmentations = [s if s and s != [[]] else None for s in segmentations]
+    for s, size in zip(segmentations, sizes):
+        if s and not usable(s, size):
+            raise ValueError(f"segmentation {json.dumps(s)[:60]} is neither polygons of three points or more nor RLE of its "
+                             f"image, {size[0]} high and {size[1]} wide")
     texts = [json.dumps(s).encode() if s else b"" for s in segmentations]
     ends = np.cumsum([0, *map(len, texts)])
     return np.frombuffer(b"".join(texts), np.uint8), np.stack([ends[:-1], ends[1:]], 1)
@@ -48,7 +61,8 @@ def collate(targets, size):
 
 def encode(masks, boxes, size):
     """Masks (n, m, m), probabilities inside their boxes (n, 4), as COCO's RLE in an image of that size (h, w)."""
-    if not len(masks):
-        return []
-    whole = paste_masks_in_image(torch.as_tensor(masks)[:, None], torch.as_tensor(boxes), size)[:, 0] > 0.5  # (n, h, w)
-    return coco_mask.encode(np.asfortranarray(whole.numpy().transpose(1, 2, 0).astype(np.uint8)))
+    rles = []
+    for one, box in zip(torch.as_tensor(masks).split(1), torch.as_tensor(boxes).split(1)):  # all at once would be gigabytes
+        whole = paste_masks_in_image(one[:, None], box, size)[0, 0] > 0.5                       # (h, w)
+        rles.append(coco_mask.encode(np.asfortranarray(whole.numpy().astype(np.uint8))))
+    return rles

@@ -34,12 +34,12 @@ def finish(crops, todo):
     for operation, chosen, value in rounds:
         rows = chosen.nonzero()[:, 0].to(x.device)
         if len(rows):
-            x[rows] = operation(x[rows].float(), value[chosen].view(-1, 1, 1, 1).to(x.device)).to(torch.uint8)
+            x[rows] = operation(x[rows].float(), value[chosen].view(-1, 1, 1, 1)).to(torch.uint8)
     return x.contiguous(memory_format=torch.channels_last).view(crops.shape)
 
 
-# ---- the operations: images (n, 3, S, S) float32 of whole numbers, a value each (n, 1, 1, 1) -> images within 0..255, of which
-# the whole part is meant
+# ---- the operations: images (n, 3, S, S) float32 of whole numbers, a value each (n, 1, 1, 1) on the CPU, lest anything waits
+# for the device -> images within 0..255, of which the whole part is meant
 
 def brightness(x, factor):
     return blend(torch.zeros_like(x), x, factor)
@@ -55,7 +55,7 @@ def saturation(x, factor):
 
 
 def blend(base, x, factor):
-    return (base + factor * (x - base)).clamp(0, 255)
+    return (base + factor.to(x.device) * (x - base)).clamp(0, 255)
 
 
 def luma(x):
@@ -70,7 +70,7 @@ def hue(x, turn):
     span = top - x.amin(1, keepdim=True)
     r, g, b = ((top - x) / span.clamp(min=1)).double().split(1, 1)                               # how far below the top, 0..1
     sixths = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r)).float().double()
-    h = (((sixths / 6 + 1).frac().float().double() * 255).floor() + turn).remainder(256).float() * 6 / 255
+    h = (((sixths / 6 + 1).frac().float().double() * 255).floor() + turn.to(x.device)).remainder(256).float() * 6 / 255
     s = (span / top.clamp(min=1) * 255).floor() / 255
     k = (h + torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)).remainder(6)               # (n, 3, S, S)
     return (top * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1)) + 0.5).floor()
@@ -84,7 +84,7 @@ def blur(x, deviation):
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     reach = int(whole.max()) + 1
-    weights = [(whole + part + 1 - j).clamp(0, 1) / (2 * (whole + part) + 1) for j in range(reach + 1)]
+    weights = [((whole + part + 1 - j).clamp(0, 1) / (2 * (whole + part) + 1)).to(x.device) for j in range(reach + 1)]
     for axis, pads in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         for _ in range(3):
             size, padded = x.shape[axis], F.pad(x, pads, mode="replicate")

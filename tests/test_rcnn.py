@@ -305,12 +305,27 @@ def test_masks_of_files_are_drawn_as_pycocotools_does_and_the_smaller_of_two_lie
     small = np.zeros((20, 30), bool)
     small[4:8, 6:25] = True
     plain = {"size": [20, 30], "counts": [0, 600]}  # not compressed: the whole image
-    texts, places = masks.pack([square, None, outline(small), plain, plain])
+    texts, places = masks.pack([square, None, outline(small), plain, plain], [(20, 30)] * 5)
     got = masks.draw(texts, places, np.array([False, False, False, False, True]), (20, 30))
     want = np.full((20, 30), 256 + 3, np.int32)
     want[coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(square, 20, 30))) > 0] = 256
     want[small] = 258
     assert np.array_equal(got, want) and got.dtype == np.int32 and (want == 256).sum() > 50
+
+
+@pytest.mark.parametrize("bad", [[[1.0, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [30, 20], "counts": [0, 600]}, {"size": [20, 30]}, "x"])
+def test_segmentations_that_cannot_be_drawn_are_named_at_load_and_empty_ones_are_none(squares, tmp_path, bad):  # noqa: F811
+    found = outlined(squares, tmp_path)
+    text = json.loads((found / "train.json").read_text())
+    text["annotations"][0]["segmentation"] = [[]]  # as exporters write it of plain boxes
+    (found / "train.json").write_text(json.dumps(text))
+    part = data.load_coco(found / "train.json", found / "images", with_masks=True)
+    assert sum(begin == end for begin, end in part.places) == 1 and not masks.usable([[]], (64, 64))
+    text["annotations"][1]["segmentation"] = bad
+    (found / "train.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match="train.json is not a COCO annotation file.*neither polygons") as error:
+        data.load_coco(found / "train.json", found / "images", with_masks=True)
+    assert "\n" not in str(error.value)
 
 
 def test_masks_go_through_augmentation_with_their_boxes(squares, tmp_path):  # noqa: F811
