@@ -28,6 +28,7 @@ PRETRAINING = {
     "pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {single} --student-init same"),
     "simclr": ("1_all_single/backbone.pt", "--program hpt --recipe tiny --method simclr --stage single:1500"),
     "base": ("1_all_photo/backbone.pt", "--program hpt --stage photo:1500"),
+    "own base": ("1_all_{slug}/backbone.pt", "--program hpt --stage {own}:1500"),  # of hpt-yours: of --unlabeled
     "chain": ("1_all_strokes/backbone.pt", "--program hpt --stage strokes:400 --init {base}"),
     # of hpt-detect, whose target are scenes such as the detector's
     "target": ("1_all_unlabeled/backbone.pt", "--program hpt --stage unlabeled:1500"),
@@ -152,6 +153,12 @@ STUDIES = {
                             "--program hpt --eval mme --source photo --data strokes --budgets 1,3,10" + init, ())
               for start, init in (("", ""), ("HPT, ", " --init {chain}")) for way in ("S+T", "MME")},
         compare=[("MME", "S+T"), ("HPT, MME", "HPT, S+T"), ("HPT, MME", "MME")]),
+    "hpt-yours": dict(
+        title="HPT on your images, linear probe", columns={"base": "", "own base": ""},
+        rows={name: ("linear", "--program hpt --eval linear --data {yours} --stage {yours}/train:" + flags, ())
+              for name, flags in (("Base", "stats --init {{column}}"), ("Target", "1500"), ("HPT", "400 --init {{column}}"),
+                                  ("HPT-BN", "400:bn --init {{column}}"))},
+        compare=[("HPT", "Base"), ("HPT", "Target"), ("HPT-BN", "Base"), ("HPT", "HPT-BN")]),
     "hpt-fraction": dict(  # the paper has 1% too: here 18 images, fewer than a batch
         title="HPT: a part of the target's images (sketch), linear probe",
         columns={f"{k}%": f"--fraction {k / 100:g}" for k in (5, 10, 25, 100)},

@@ -6,6 +6,7 @@ And those of Reed et al. 2022 (HPT), as grids of hpt.py runs. What is run stands
     python study.py table3 --world coco --root COCO --unlabeled IMAGENET --init aa.pth pre++=ns.pth
     python study.py yours --data coco --root DIR --labeled 0.2 --init imagenet -- --backbone resnet18 --image-size 256
     python study.py hpt-linear --seeds 3                    also hpt-semi hpt-chain hpt-augment hpt-fraction hpt-detect hpt-mme
+    python study.py hpt-yours --root DIR                    yours, in train/CLASS, val/CLASS; --unlabeled: for a base
     python study.py findings                                verdicts on the findings from the results of the studies
 
 A cell of a table is one stage of one run: teacher (supervised), control (as many more steps as the student, without
@@ -82,7 +83,9 @@ def words(o):
         w.update(few="--labeled 1", rest="--unlabeled aug", all="--labeled 1 --train-list trainaug", pool="--unlabeled aug")
     if o.name == "yours":
         w.update(pool="")
-    if o.unlabeled:
+    if o.name == "hpt-yours":
+        w.update(yours=shlex.quote(o.root), **({"own": shlex.quote(o.unlabeled)} if o.unlabeled else {}))
+    elif o.unlabeled:
         w.update(pool="--unlabeled " + shlex.quote(o.unlabeled), scenes="--unlabeled " + shlex.quote(o.unlabeled))
     if o.joint:
         w.update(joint="--joint " + shlex.quote(o.joint))
@@ -149,7 +152,7 @@ def plan(study, o):
     word, cells, found, theirs = words(o), [], {}, parse(shlex.join(o.flags))
 
     def add(text, task, world_, start, mine=True):
-        root = f"--root {shlex.quote(o.root)}"
+        root = f"--root {shlex.quote(recipes.Config.root if o.name == 'hpt-yours' else o.root)}"
         if "program" in parse(text):
             common, known = f"{root} {studies.SETTINGS['hpt'] if mine else '--recipe tiny'}", hpt.Config.__dataclass_fields__
             common += f" --recipe {o.recipe}" * bool(o.recipe and o.task == "hpt")
@@ -173,10 +176,10 @@ def plan(study, o):
         for name in re.findall(r"{(.*?)}", text):
             if name not in word and name in studies.PRETRAINING and o.world == "shapes":
                 place, flags = studies.PRETRAINING[name]
-                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name, False)}/{place}"
+                word[name] = f"@{add(fill(flags), 'cls', 'shapes', name, False)}/{place.replace('{slug}', hpt.slug(o.unlabeled))}"
             if name not in word:
                 how = {"pool": "--unlabeled", "scenes": "--unlabeled", "joint": "--joint", "single": "--joint DIR",
-                       "pre": "weights: --init FILE"}
+                       "own": "--unlabeled DIR, images for a base of your own", "pre": "weights: --init FILE"}
                 raise Missing(f"needs {how.get(name, f'weights: --init {name}=FILE')}")
             text = text.replace("{" + name + "}", word[name])
         return text
@@ -388,7 +391,7 @@ def arguments(argv):
     add("--task", choices=("det", "seg"), help="detection or segmentation [det; seg for voc]")
     add("--world", "--data", choices=("shapes", "coco", "voc"), default="shapes", help="data, as st.py's --data [shapes]")
     add("--root", default=recipes.Config.root, help="its folder, as st.py's --root")
-    add("--unlabeled", default="", help="images for pseudo-labels, as st.py's --unlabeled")
+    add("--unlabeled", default="", help="images for pseudo-labels, as st.py's --unlabeled; hpt-yours: for a base")
     add("--labeled", default="", help="yours: fraction of the labels to use [0.2]")
     add("--joint", default="", help="class folders (ImageNet) for joint training, as st.py's --joint")
     add("--init", nargs="+", default=[], metavar="[NAME=]WEIGHTS", help="for pre (where no name is given), pre++ and "
@@ -400,9 +403,11 @@ def arguments(argv):
     add("--results", default="results", help="folder of the tables [results]")
     o = parser.parse_args(own.split("\0") if own else [])
     o.flags, program = passed.split("\0") if passed else [], ours(o)
-    if program is hpt and (o.task or o.world != "shapes" or o.unlabeled or o.joint):
+    if program is hpt and (o.task or o.world != "shapes" or o.unlabeled and o.name != "hpt-yours" or o.joint):
         raise UserError(f"{o.name} runs hpt.py on the embedded domains; leave out --task, --world, --unlabeled and --joint, or "
                         "run hpt.py itself")
+    if o.name == "hpt-yours" and not (Path(o.root) / "train").is_dir():
+        raise UserError(f"hpt-yours is for your own images: --root {o.root} has no folder train/ with a folder for each class")
     o.task = "hpt" if program is hpt else o.task or ("seg" if o.world == "voc" else "det")
     starts = ("base", "chain") if program is hpt else ("pre", "pre++", "simclr") if o.name != "hpt-detect" else \
         ("base", "target", "hpt", "hpt-bn")
@@ -461,7 +466,8 @@ def check(flags):
 
 def draw(o, planned):
     """Draws what these runs read of the embedded world, once, before several look for it."""
-    own, root = o.world == "shapes", o.root if o.world == "shapes" else recipes.Config.root
+    own = o.world == "shapes"
+    root = o.root if own and o.name != "hpt-yours" else recipes.Config.root
     def named(flags):
         return [str(flags.get(k)).split(":")[0] for k in ("stage", "data", "source")]
     for part, task in (("det", "det"), ("seg", "seg"), ("single", "cls"), ("unlabeled", ""), *((d, "") for d in world.DOMAINS)):

@@ -430,7 +430,7 @@ def test_st_accepts_the_flags_of_every_study(name, world_, task):
         assert recipes.settings(parsed, 1)["aug"] in ("s1", "s2", "s3", "s4") and parsed.root == "a folder"
 
 
-@pytest.mark.parametrize("name", [n for n in studies.STUDIES if n.startswith("hpt-")] + ["table4"])  # and pre-training for st.py
+@pytest.mark.parametrize("name", [n for n in studies.STUDIES if n.startswith("hpt-") and n != "hpt-yours"] + ["table4"])  # and pre-training for st.py
 def test_hpt_accepts_the_flags_of_every_study(name):
     cells, found = planned(name, "--root", "a folder", "--", "--backbone", "resnet18")
     some = [flags for flags in found.values() if "program" in flags]
@@ -454,6 +454,22 @@ def planned(*args):
 def test_yours_without_weights_leaves_their_cells_empty():
     cells, _ = planned("yours", "--data", "coco", "--root", "x")
     assert {c["row"][:6]: c.get("empty") for c in cells} == {"random": None, "pre-tr": "needs weights: --init FILE"}
+
+
+def test_hpt_on_your_images_starts_from_the_embedded_base_and_from_one_of_your_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "signs/train/a").mkdir(parents=True)
+    cells, found = planned("hpt-yours", "--root", "signs")
+    assert {c["column"] + c["row"] for c in cells if "empty" in c} == {"own base" + r for r in ("Base", "HPT", "HPT-BN")}
+    assert "--unlabeled" in cells[1]["empty"] and {f["root"] for f in found.values()} == {recipes.Config.root}
+    cells, found = planned("hpt-yours", "--root", "signs", "--unlabeled", "letters/train")
+    run = {(c["row"], c["column"]): found[c["run"]] for c in cells}
+    assert run["HPT", "base"]["stage"] == "signs/train:400" and run["HPT-BN", "own base"]["stage"] == "signs/train:400:bn"
+    assert run["Target", "base"] == run["Target", "own base"] and "init" not in run["Target", "base"]
+    assert run["HPT", "own base"]["init"].endswith("/1_all_train/backbone.pt") and {f["stage"] for f in found.values()} >= {
+        "photo:1500", "letters/train:1500"}
+    with pytest.raises(util.UserError, match="elsewhere has no folder train/"):
+        planned("hpt-yours", "--root", "elsewhere")
 
 
 def test_joint_training_on_the_embedded_world_brings_no_folder_of_single_objects():
