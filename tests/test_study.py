@@ -157,9 +157,9 @@ def test_a_chain_of_hpt_is_shared_by_its_studies(stub, tmp_path):
     starts = {w[1]: w for w in lines if w[0] == "started"}
     assert set(Counter(w[1] for w in lines if w[0] == "started").values()) == {1}
     first = {w[w.index("--stage") + 1] for w in starts.values() if "--eval" not in w}
-    assert first == {"photo:1500", "strokes:400"}
+    assert first == {"single:2000", "strokes:400", "photo:400"}
     last = [w for w in starts.values() if w[w.index("--stage") + 1] == "sketch:400:bn" and "--fraction" not in w]
-    assert {Path(w[w.index("--init") + 1]).parent.name for w in last} == {"1_all_photo", "1_all_strokes"} and len(last) == 2
+    assert {Path(w[w.index("--init") + 1]).parent.name for w in last} == {"1_all_single", "1_all_strokes"} and len(last) == 2
     cells = {n: json.loads((tmp_path / f"results/{n}.json").read_text())["cells"] for n in ("hpt-linear", "hpt-semi", "hpt-chain")}
     assert all(c["n"] == 1 for some in cells.values() for c in some)
     assert cells["hpt-linear"][0]["values"] != cells["hpt-semi"][0]["values"]
@@ -467,7 +467,7 @@ def test_hpt_on_your_images_starts_from_the_embedded_base_and_from_one_of_your_o
     assert run["HPT", "base"]["stage"] == "signs/train:400" and run["HPT-BN", "own base"]["stage"] == "signs/train:400:bn"
     assert run["Target", "base"] == run["Target", "own base"] and "init" not in run["Target", "base"]
     assert run["HPT", "own base"]["init"].endswith("/1_all_train/backbone.pt") and {f["stage"] for f in found.values()} >= {
-        "photo:1500", "letters/train:1500"}
+        "single:2000", "letters/train:2000"}
     with pytest.raises(util.UserError, match="elsewhere has no folder train/"):
         planned("hpt-yours", "--root", "elsewhere")
 
