@@ -91,7 +91,7 @@ def words(o):
         w.update(joint="--joint " + shlex.quote(o.joint))
     if o.joint not in ("", "shapes"):
         w.update(single="--unlabeled " + shlex.quote(o.joint + "/train"))
-    given |= {source: given["chain"] for source in ("source of sketch", "source of aerial") if "chain" in given}
+    given |= {source: given["chain"] for source in ("source of sketch", "source of strokes") if "chain" in given}
     return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
 
 

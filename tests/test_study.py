@@ -157,7 +157,7 @@ def test_a_chain_of_hpt_is_shared_by_its_studies(stub, tmp_path):
     starts = {w[1]: w for w in lines if w[0] == "started"}
     assert set(Counter(w[1] for w in lines if w[0] == "started").values()) == {1}
     first = {w[w.index("--stage") + 1] for w in starts.values() if "--eval" not in w}
-    assert first == {"single:2000", "strokes:400", "photo:400"}
+    assert first == {"single:2000", "strokes:400", "sketch:400"}
     last = [w for w in starts.values() if w[w.index("--stage") + 1] == "sketch:400:bn" and "--fraction" not in w]
     assert {Path(w[w.index("--init") + 1]).parent.name for w in last} == {"1_all_single", "1_all_strokes"} and len(last) == 2
     cells = {n: json.loads((tmp_path / f"results/{n}.json").read_text())["cells"] for n in ("hpt-linear", "hpt-semi", "hpt-chain")}
@@ -496,7 +496,7 @@ def test_runs_of_hpt_depend_on_its_recipe_and_pre_training_on_no_flag_of_theirs(
     assert starts[0] == starts[1] and starts[0]
     runs_ = [planned(name)[1] for name in ("hpt-linear", "hpt-augment", "hpt-fraction")]
     shared = set(runs_[0]) & set(runs_[1]) & set(runs_[2])
-    assert len(shared) == 4  # base; Target, HPT and HPT-BN on all of sketch under the usual views
+    assert len(shared) == 3  # base; HPT and HPT-BN on all of sketch under the usual views
 
 
 def test_what_a_run_starts_from_is_started_however_far_back(stub):
