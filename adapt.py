@@ -68,7 +68,7 @@ class Cosine(nn.Module):
     def forward(self, images, turned=False):
         """turned: what lowers a loss in `final` raises it in all before. (In MME's code, too, `deep` comes before the turn.)"""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x = self.backbone(probe.normalise(images, self.pixels))[5].mean((2, 3))
+            x = self.backbone(evaluation.normalise(images, images.device, self.pixels))[5].mean((2, 3))
         x = self.deep(x.float())
         return self.final(F.normalize(reverse(x) if turned else x)) / T
 
@@ -187,6 +187,8 @@ def load(source, target, budgets, seed):
     else:
         images = classify.load_folder(source, "train")
         labels, names, paths = images.labels, images.class_names, [images.path(i) for i in range(len(images))]
+    if labels.ndim == 2:
+        raise UserError(f"--eval mme wants one class an image, --source {source} has several; give another")
     if odd := sorted(set(names) ^ set(target["names"])):
         raise UserError(f"--source {source} and --data {target['root']} have other classes (in only one of them: "
                         f"{', '.join(odd[:5])}); give both the same class folders")
@@ -210,9 +212,9 @@ def load(source, target, budgets, seed):
 
 def train(folder, net, source, few, rest, val, lam, s, c, run, log):
     """Trains net by settings s, resuming from the newest checkpoint in `folder`; leaves it as it was at the best validation ->
-    {"validation", "step" of it, "steps" done}."""
+    {"validation", "step" of it, "steps" done, "seconds"}."""
     optimizer, device, began = optimizer_of(net, s["slow"]), run[2], time.time()
-    state = runs.load_latest(folder) or {"step": 0, "best": -1.0, "at": 0, "worse": 0, "kept": {}}
+    state = runs.load_latest(folder) or {"step": 0, "best": -1.0, "at": 0, "worse": 0, "kept": {}, "spent": 0.0}
     if start := state["step"]:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -235,21 +237,23 @@ def train(folder, net, source, few, rest, val, lam, s, c, run, log):
         else:
             worse += 1
         runs.save_checkpoint(folder, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                                      "at": at, "worse": worse, "kept": kept})
+                                      "at": at, "worse": worse, "kept": kept, "spent": state["spent"] + time.time() - began})
         if worse > PATIENCE:
             break
     net.load_state_dict(kept)
-    return {"validation": best, "step": at, "steps": step}
+    return {"validation": best, "step": at, "steps": step, "seconds": round(state["spent"] + time.time() - began, 1)}
 
 
 def mme(out, backbone, weights, domains, c, run, log):
     """S+T and MME for every budget, each remembered in a folder of its own in `out`. backbone: left alone; weights: what tells it
     from others; domains: load's -> {"budgets": [{"budget": target labels per class, "labels", "S+T", "MME": accuracy on the test
-    part, "validation", "step", "steps": {method: the best, where it was, when training ended}}], "settings", "images"}."""
+    part, "validation", "step", "steps": {method: the best, where it was, when training ended}}], "settings", "images",
+    "seconds"}."""
     s, rows, labelled, val = SETTINGS.get(c["recipe"], SETTINGS["hpt"]), [], domains["source"], domains["val"]
-    pixels = probe.measure(domains["pixels"]) if c["pixels"] == "source" else probe.IMAGENET  # of both domains together
+    pixels = probe.measure(domains["pixels"]) if c["pixels"] == "source" else evaluation.IMAGENET  # of both
     deps = {**{k: c[k] for k in ("backbone", "image_size", "pixels", "seed")}, **s, **domains["about"], "weights": weights,
             "precision": str(run[3])}
+    seconds = []
     for budget, (few, rest) in domains["few"].items():
         row = {"budget": budget, "labels": len(few[0]), "S+T": 0.0, "MME": 0.0, "validation": {}, "step": {}, "steps": {}}
         for method, lam in (("S+T", 0.0), ("MME", LAMBDA)):
@@ -262,10 +266,11 @@ def mme(out, backbone, weights, domains, c, run, log):
                 result = train(folder, net, labelled, few, rest, val, lam, s, c, run, log)
                 result = runs.finish(folder, own, {**result, "accuracy": accuracy(net, domains["test"], c, run, log, "test")})
             row[method] = result["accuracy"]
+            seconds.append(result["seconds"])
             for k in ("validation", "step", "steps"):
                 row[k][method] = result[k]
         rows.append(row)
         log.say(f"{out}: {budget} target labels a class ({len(few[0])}, and {len(labelled[0])} of the source), test accuracy S+T "
                 f"{row['S+T']:.3f}, MME {row['MME']:.3f} on {len(domains['test'][1])} images")
     sizes = {"source": len(labelled[0]), "val": len(val[0]), "test": len(domains["test"][0])}
-    return {"budgets": rows, "settings": {**s, "T": T, "lambda": LAMBDA}, "images": sizes}
+    return {"budgets": rows, "settings": {**s, "T": T, "lambda": LAMBDA}, "images": sizes, "seconds": round(sum(seconds), 1)}

@@ -154,7 +154,8 @@ def recipe(name, size, batch, rounds, compile, gradient_checkpointing):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     parser.add_argument("what", choices=["train", "recipe"])
     parser.add_argument("--recipe", default="coco-r50", help="row of recipes.py, for 'recipe'")
     parser.add_argument("--size", type=int, help="default: 320, or the recipe's")

@@ -20,19 +20,20 @@ import ops
 import util
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]  # COCOeval's order
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation of RGB in 0..1
 TORCHVISION_SIDES = (800, 1333)  # its detectors' shorter side, and the most the longer may have
 BATCH = 16  # images at a time; the same everywhere, since the arithmetic of a batch may depend on its size
 
 
-def normalise(images, device):
-    """uint8 (B, 3, H, W) from the loader -> float32 on the device, ImageNet mean and std, channels_last."""
-    mean, std = _imagenet(device)
+def normalise(images, device, pixels=IMAGENET):
+    """uint8 (B, 3, H, W) from the loader -> float32 on the device, by pixels = (mean, deviation), channels_last."""
+    mean, std = _on_device(pixels, device)
     return (images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() - mean) / std
 
 
 @functools.lru_cache
-def _imagenet(device):  # made once: creating a tensor on a GPU from numbers waits for it
-    return [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])]
+def _on_device(pixels, device):  # made once: creating a tensor on a GPU from numbers waits for it
+    return [torch.tensor([255 * x for x in v], device=device).view(1, 3, 1, 1) for v in pixels]
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def gathered(value):
 def say_unusable(bad, images, meaning, check, log, which="validation"):
     """Names images of a set that could not be read (bad: reasons); UserError if they are many of all `images`."""
     for text in bad[:5]:
-        log.say(f"warning: {meaning}: {text}")
+        log.say(f"warning: {meaning}: {text}", once=True)
     if len(bad) > max(20, images // 100) or len(bad) == images:
         raise util.UserError(f"{len(bad)} of {images} {which} images are unusable, first {bad[0]}; run {check} on the data")
 

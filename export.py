@@ -21,9 +21,8 @@ import torch
 
 import backbones
 import runs
+from eval import IMAGENET  # what st.py trains with
 from util import UserError, run
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which st.py trains with
 
 
 def detectron2_name(key):
@@ -35,8 +34,7 @@ def detectron2_name(key):
 
 def export(source, naming, out, backbone="resnet50"):
     """Writes `source`'s backbone to `out` -> what was done, in two lines. UserError if it is no ResNet with batch norm."""
-    if os.path.isdir(source):
-        source = runs.weights_of(source)
+    source = runs.weights_of(source)
     if not out.endswith(".pth"):
         raise UserError(f"{out} does not end in .pth, by which detectron2 and others know how to read a file; name it so")
     try:
@@ -55,12 +53,13 @@ def export(source, naming, out, backbone="resnet50"):
         state = {detectron2_name(k): v for k, v in state.items() if not k.endswith("num_batches_tracked")}
         state = {"model": state, "__author__": "self-training and HPT, in PyTorch", "matching_heuristics": True}
     runs.write_atomic(out, lambda path: torch.save(state, path))
-    mean, std = ([round(255 * v, 3) for v in about.get(k, known)] for k, known in (("mean", MEAN), ("std", STD)))
+    mean, std = ([round(255 * v, 3) for v in about.get(k, known)] for k, known in zip(("mean", "std"), IMAGENET))
     return f"{line}\nwritten: {out}; pixels in training: RGB, 0..255, mean {mean}, deviation {std}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     parser.add_argument("file", help="weights, as for st.py --init")
     parser.add_argument("naming", choices=["torchvision", "detectron2"])
     parser.add_argument("out", help="the .pth to write")

@@ -17,9 +17,9 @@ which backbone.pt holds, but st.py normalises by ImageNet's. The same command re
 
 After facts of the released code, where it and the text disagree: HPT-BN trains affine and moves statistics; the projection is
 drawn anew in every stage. Other than there: gradients of HPT-BN are averaged over the processes, so are running statistics;
-batch-norm groups do not depend on the number of processes. The paper's HPT-BN is the best of up to four learning rates (0.03,
-0.003, 0.1, and 0.1 on crops and flips alone), here one run with the given --lr. The paper does not say how Base's statistics are
-estimated: here as the average over batch-norm groups of the views that the other modes are trained on. Not here: BYOL, LARS.
+MoCo's batch-norm groups do not depend on the number of processes, up to that of groups. The paper's HPT-BN is the best of up to
+four learning rates (0.03, 0.003, 0.1, and 0.1 on crops and flips alone), here one run with the given --lr. Unknown is how Base's
+statistics are estimated: here as the average over batch-norm groups of the views the others are trained on. Not here: BYOL, LARS.
 """
 import copy
 import math
@@ -44,6 +44,7 @@ import adapt
 import augment
 import backbones
 import data
+import eval as evaluation
 import probe
 import runs
 import show
@@ -167,7 +168,7 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            z = self.head(self.backbone(probe.normalise(images, self.pixels))[5].mean((2, 3)))
+            z = self.head(self.backbone(evaluation.normalise(images, images.device, self.pixels))[5].mean((2, 3)))
         return F.normalize(z.float(), dim=1)
 
 
@@ -292,14 +293,14 @@ def set_training(net, mode):
 
 def train(folder, net, paths, steps, c, seed, flags, run, log):
     """Trains net (MoCo, SimCLR or Statistics) for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its
-    own there -> last [loss, positive, negative similarity]."""
-    (rank, ranks, device, _), batch, start, values = run, c["batch"], 0, []
+    own there -> last [loss, positive, negative similarity], seconds."""
+    (rank, ranks, device, _), batch, start, values, earlier = run, c["batch"], 0, [], 0.0
     trained, quarantine, stop = [p for p in net.parameters() if p.requires_grad], set(), runs.Stop()
     optimizer = torch.optim.SGD(trained or [torch.zeros(1)], lr=0.0, momentum=0.9, weight_decay=c["weight_decay"])
     if state := runs.load_latest(folder):
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, values = state["step"], state["values"]
+        start, values, earlier = state["step"], state["values"], state.get("spent", 0.0)
     ddp = net
     if ranks > 1 and trained:
         ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
@@ -344,12 +345,12 @@ def train(folder, net, paths, steps, c, seed, flags, run, log):
                 buffer.copy_(util.all_sum(buffer.clone()) / ranks)
             if rank == 0:
                 runs.save_checkpoint(folder, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                                              "values": values})
+                                              "values": values, "spent": earlier + time.time() - began})
         if stopping:
             log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
             raise SystemExit(143)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return values
+    return values, earlier + time.time() - began
 
 
 # ---- views -------------------------------------------------------------------------------------------------------
@@ -407,12 +408,12 @@ def image_paths(source, root):
     place = folder_of(source, root)
     there = lambda part: os.path.exists(os.path.join(place, part + probe.ending(place)))
     parts = [p for p in ("train", "val")[:1 + there("test")] if there(p)] if there("train") else []
-    if probe.ending(place) and os.path.exists(listed := os.path.join(place, "pretrain.txt")):
-        return data.list_images(listed)
-    if probe.ending(place):
+    listed = os.path.join(place, "pretrain.txt")
+    if probe.ending(place) and not os.path.exists(listed):
         return np.unique(np.concatenate([probe.read_csv(place, part)[0] for part in parts]))
     try:
-        return np.concatenate([data.list_images(os.path.join(place, part) if part else place) for part in parts or [""]])
+        return np.concatenate([*map(data.list_images, [listed] if probe.ending(place) else
+                                    [os.path.join(place, part) for part in parts] or [place])])
     except UserError as error:
         raise UserError(str(error).replace("--unlabeled", "--stage") + f", or one of {', '.join(EMBEDDED)}")
 
@@ -420,8 +421,8 @@ def image_paths(source, root):
 def parse(text):
     """SRC[:STEPS[:MODE]] -> (SRC, STEPS or None, MODE)."""
     source, steps, mode = re.fullmatch(r"(.*?)(?::(\d+))?(?::(all|bn|stats))?", text).groups()
-    if not source or steps and not int(steps):
-        raise UserError(f"--stage {text} names no source or no step; give SRC[:STEPS[:all|bn|stats]], e.g. sketch:500:bn")
+    if not source or steps and not int(steps) or ":" in source and not os.path.exists(source):
+        raise UserError(f"--stage {text} names no source, step or mode; give SRC[:STEPS[:all|bn|stats]], e.g. sketch:500:bn")
     return source, int(steps) if steps else None, mode or "all"
 
 
@@ -462,7 +463,7 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     if result := util.rank0_first(lambda: runs.stage(folder, deps)):
         log.say(f"{folder}: finished before")
         return result
-    mean, std = util.rank0_first(lambda: probe.measure(paths)) if c["pixels"] == "source" else probe.IMAGENET
+    mean, std = util.rank0_first(lambda: probe.measure(paths)) if c["pixels"] == "source" else evaluation.IMAGENET
     seed = int(runs.digest([flags.seed, folder.name]), 16) % 2 ** 31  # every stage draws its own images and views
     torch.manual_seed(seed)
     query = Encoder(c["backbone"], (mean, std), dtype)
@@ -483,13 +484,12 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
     if isinstance(net, MoCo) and c["queue"] > len(paths):
         log.say(f"warning: the queue holds {c['queue']} keys of {len(paths)} images: an image's own old keys are among its "
                 "negatives; --queue sets another size")
-    began = time.time()
-    values = train(folder, net, paths, steps, c, seed, flags, run, log)
+    values, seconds = train(folder, net, paths, steps, c, seed, flags, run, log)
     state = {k: v.cpu() for k, v in net.query.backbone.state_dict().items()}
     moved = [k for k, p in query.backbone.named_parameters() if not p.requires_grad and not torch.equal(given[k], state[k])]
     assert not moved, f"frozen, but changed: {moved[:3]}"
     result = {"weights": runs.digest_weights(state), "mean": mean, "std": std, "images": len(paths), "steps": steps, "mode": mode,
-              **(dict(zip(VALUES, values)) if mode != "stats" else {}), "seconds": round(time.time() - began, 1)}
+              **(dict(zip(VALUES, values)) if mode != "stats" else {}), "seconds": round(seconds, 1)}
     about = dict(backbone=c["backbone"], mean=mean, std=std, source=source, mode=mode, steps=steps, init=str(init))
 
     def finish():
@@ -501,7 +501,7 @@ def stage(folder, source, paths, steps, mode, init, init_digest, c, flags, run, 
 # ---- the pipeline ------------------------------------------------------------------------------------------------
 
 def settings(flags, ranks):
-    c = {**RECIPES[flags.recipe]}
+    c, flags.init = {**RECIPES[flags.recipe]}, runs.weights_of(flags.init)
     c.update({k: v for k in c if (v := getattr(flags, k, None)) is not None}, **dict.fromkeys(VIEWS[flags.views], 0))
     if flags.groups is None:
         c["groups"] = max(c["groups"], ranks)

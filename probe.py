@@ -15,7 +15,6 @@ in the code (the paper: 512). Their accuracy is the best on the way, by validati
 does the work; the others wait.
 """
 import csv
-import functools
 import hashlib
 import itertools
 import math
@@ -35,7 +34,6 @@ import models
 import runs
 from util import UserError
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation of RGB in 0..1
 LRS = (0.3, 3, 30)            # of the linear probe, at 512 images a step; the best by validation counts (in their code, by test)
 TUNE_LRS = (0.01, 0.001)      # of fine-tuning; a hundred times that for the new layer
 LINEAR_BATCH = 512
@@ -69,17 +67,6 @@ def measure(paths, sample=1000):
         sums += pixels.mean(0), (pixels ** 2).mean(0)
     mean, square = sums / len(chosen)
     return tuple(mean.tolist()), tuple(np.sqrt((square - mean ** 2).clip(255 ** -2)).tolist())  # of one colour: not 0
-
-
-def normalise(images, pixels):
-    """uint8 (B, 3, H, W) -> float32 by pixels = (mean, deviation), channels_last."""
-    mean, std = _on_device(pixels, images.device)
-    return (images.to(memory_format=torch.channels_last).float() - mean) / std
-
-
-@functools.lru_cache
-def _on_device(pixels, device):  # made once: creating a tensor on a GPU from numbers waits for it
-    return [255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in pixels]
 
 
 class Crops(torch.utils.data.Dataset):
@@ -135,9 +122,9 @@ def load(root, seed):
              if name == "val" or os.path.isdir(os.path.join(root, name))}
     parts = "chosen on val/, reported on test/"
     if "test" not in split:
-        held = np.zeros(len(train), dtype=bool)
+        held, order = np.zeros(len(train), dtype=bool), np.array(hashed_order(train.files, seed), dtype=int)
         for k in range(len(train.class_names)):
-            own = [i for i in hashed_order(train.files, seed) if train.labels[i] == k]
+            own = order[train.labels[order] == k]
             held[own[:max(1, round(0.1 * len(own))) if len(own) > 1 else 0]] = True
         split = {"val": train.subset(np.flatnonzero(held)), "test": split["val"]}
         train, parts = train.subset(np.flatnonzero(~held)), "chosen on a tenth of train/, held out of training, reported on val/"
@@ -182,20 +169,23 @@ def read_csv(root, part):
     path, paths, labels = os.path.join(root, part + ".csv"), [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            (first, *names), *rows = filter(None, csv.reader(f))
+            (first, *names), *rows = csv.reader(f)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as csv ({error}); it wants a header path,label or path,NAME1,NAME2,... and a "
                         "line an image")
     if first != "path" or not names or len(set(names)) < len(names):
         raise UserError(f"{path} begins with {','.join([first, *names])[:80]}; it wants path,label or path,NAME1,NAME2,...")
-    for line, (name, *values) in enumerate(rows, 2):
+    for line, row in enumerate(rows, 2):
+        if not row:
+            continue
+        name, *values = row
         marks = values if names == ["label"] else [MARKS.get(v.strip().lower().removesuffix(".0")) for v in values]
         if None in marks or len(marks) != len(names) or not name:
             raise UserError(f"{path}, line {line} ({name}): it wants a path and " + (
                 "the name of a class" if names == ["label"] else f"{len(names)} values, each 1, 0, -1, u or blank"))
         paths.append(os.fsencode(os.path.abspath(os.path.join(root, name))))
         labels.append(marks[0] if names == ["label"] else marks)
-    if not rows:
+    if not paths:
         raise UserError(f"{path} lists no image; nothing can be learnt or scored")
     return np.array(paths, dtype=np.bytes_), labels, [] if names == ["label"] else names
 
@@ -260,7 +250,7 @@ def embed(backbone, images, pixels, run):
     _, _, device, dtype = run
     backbone.eval()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return backbone(normalise(images.to(device, non_blocking=True), pixels))[5].mean((2, 3)).float()
+        return backbone(evaluation.normalise(images, device, pixels))[5].mean((2, 3)).float()
 
 
 def features(backbone, sets, part, pixels, c, run, log):
@@ -355,7 +345,7 @@ def finetune(backbone, sets, pixels, c, run, log):
         for step, (crops, labels) in enumerate(random_crops(images, c["tune_batch"], steps, c, named, log)):
             set_lr(optimizer, (lr, 100 * lr), step, steps)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = net(normalise(crops.to(device, non_blocking=True), pixels))
+                logits = net(evaluation.normalise(crops, device, pixels))
             optimizer.zero_grad()
             loss(logits.float(), labels.to(device)).backward()
             optimizer.step()
@@ -390,7 +380,7 @@ def evaluated(name, folder, backbone, weights, sets, c, run, log):
     if result := runs.stage(folder, deps):
         log.say(f"{folder}: finished before, {metric} {result[metric]:.3f}")
         return result
-    pixels, began = measure(sets["train"][0]) if c["pixels"] == "source" else IMAGENET, time.time()
+    pixels, began = measure(sets["train"][0]) if c["pixels"] == "source" else evaluation.IMAGENET, time.time()
     backbone.to(run[2], memory_format=torch.channels_last)
     result = EVALUATIONS[name](backbone, sets, pixels, c, run, log)
     chosen = ", ".join(f"{k} {result[k]}" for k in ("lr", "features", "steps", "labels") if k in result)

@@ -237,8 +237,7 @@ def settings(flags, ranks):
         *_, c["width"], c["depth"], c["anchor_base"] = backbones.SPINENETS[c["backbone"]]
         c.update(levels=(3, 7), act="swish")
     c["student_batch"] = c.get("student_batch", RECIPES[recipe]["batch"]) * c["batch"] // RECIPES[recipe]["batch"]
-    if os.path.isdir(c["init"]):
-        c["init"] = runs.weights_of(c["init"])
+    c["init"] = runs.weights_of(c["init"])
     row, pieces, size = RECIPES[recipe], ranks * max(c["accumulate"], 1), c["image_size"]
     coarsest = math.ceil(size / 2 ** c.get("levels", (2, 5))[1]) ** 2  # cells of the last level
     for name, least in (("steps", 1), ("student_steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("alpha", 0),

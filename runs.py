@@ -74,7 +74,7 @@ def load_latest(folder):
 
 
 def weights_of(folder):
-    """Path of the weights in a stage's folder: hpt.py's backbone.pt, or the newest usable checkpoint; else the folder itself."""
+    """Path of the weights in a stage's folder: hpt.py's backbone.pt, or the newest usable checkpoint; of anything else itself."""
     own = Path(folder) / "backbone.pt"
     return str(own if own.exists() else newest(folder)[0] or folder)
 

@@ -420,7 +420,8 @@ def annotated(image_file, json_file):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     sub = parser.add_subparsers(dest="command", required=True)
     sub.add_parser("run", help="report of a run directory").add_argument("run")
     p = sub.add_parser("augment", help="one image under S1..S4: a row per policy, a column per draw")

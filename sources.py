@@ -446,7 +446,8 @@ def table():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     parser.add_argument("name", nargs="?", choices=SOURCES)
     parser.add_argument("dir", nargs="?")
     parser.add_argument("out", nargs="?")
@@ -456,8 +457,8 @@ def main(argv=None):
     if not args.name:
         return print(table())
     if not args.out or not os.path.isdir(args.dir) or args.chip < 1:
-        raise UserError(f"give the folder of {args.name}, one to write to, and a --chip above 0: python sources.py {args.name} "
-                        "DIR OUT; without arguments it says what DIR must hold")
+        raise UserError(f"{args.dir or 'no folder'} is not the folder of {args.name}, or OUT or a --chip above 0 is missing: "
+                        f"python sources.py {args.name} DIR OUT; without arguments it says what DIR must hold")
     if args.boxes and args.name not in BOXES:
         raise UserError(f"--boxes is for {' and '.join(BOXES)}, not {args.name}")
     try:

@@ -23,14 +23,13 @@ AUG = {("shapes", "seg"): {"s1": "--aug s1 --steps 1500", "s2": "--aug s2 --step
                            "s4": "--aug s4 --steps 3000", "aug": "--aug s1 --steps 1500"}}
 # Where weights come from if --init does not name a file: our own pre-training, with the same seed. On the world's single objects:
 # pre is the paper's ImageNet init; pre++ its ImageNet++ (Noisy Student), self-training for classification; simclr its SimCLR,
-# which sees twice as many images as pre. base: HPT's; chain, source of ...: what it becomes on another source. Base and lr were
+# which sees twice as many images as pre. base: HPT's; source of ...: what it becomes on another source. Base and lr were
 # settled with strokes as the target, one seed, before any of HPT's studies was run: 1,500 steps on photo gave less than `single`.
 PRETRAINING = {
     "pre": ("teacher", "--mode train --labeled 1"), "pre++": ("student", "--labeled 1 {single} --student-init same"),
     "simclr": ("1_all_single/backbone.pt", "--program hpt --recipe tiny --method simclr --lr 0.24 --stage single:1500"),
     "base": ("1_all_single/backbone.pt", "--program hpt --stage single:2000"),
     "own base": ("1_all_{slug}/backbone.pt", "--program hpt --stage {own}:2000"),  # of hpt-yours: of --unlabeled
-    "chain": ("1_all_strokes/backbone.pt", "--program hpt --stage strokes:400 --init {base}"),
     "source of sketch": ("1_all_strokes/backbone.pt", "--program hpt --stage strokes:400 --init {base}"),
     "source of strokes": ("1_all_sketch/backbone.pt", "--program hpt --stage sketch:400 --init {base}"),
     # of hpt-detect, whose target are scenes such as the detector's
@@ -52,6 +51,16 @@ def steps(stage):
             **{f"Target, {n}": (stage, HPT + str(n), ()) for n in (400, 1500)},
             **{f"HPT, {n}": (stage, f"{HPT}{n} --init {{base}}", ()) for n in (100, 400, 1500)},
             "HPT-BN, 400": (stage, HPT + "400:bn --init {base}", ())}
+
+
+STEPS_COMPARED = [("HPT, 1500", "Base"), ("HPT-BN, 400", "Base"), ("HPT, 400", "Target, 400"),
+                  *((f"HPT, {n}", "Target, 1500") for n in (1500, 400, 100)), ("HPT, 400", "HPT-BN, 400")]
+
+
+def on_sketch(target):
+    """HPT's rows where it is the columns that differ; target: steps of the one from random weights."""
+    return {name: ("linear", HPT.replace("{column}", "sketch") + flags, ()) for name, flags in (
+        ("Target", target), ("HPT", "400 --init {base}"), ("HPT-BN", "400:bn --init {base}"))}
 
 
 def gains(*names):
@@ -130,13 +139,11 @@ STUDIES = {
     "hpt-linear": dict(
         title="HPT: steps on the target, linear probe", columns=HPT_TARGETS,
         rows=steps("linear"),
-        compare=[("HPT, 1500", "Base"), ("HPT-BN, 400", "Base"), ("HPT, 400", "Target, 400"),
-                 *((f"HPT, {n}", "Target, 1500") for n in (1500, 400, 100)), ("HPT, 400", "HPT-BN, 400")]),
+        compare=STEPS_COMPARED),
     "hpt-semi": dict(
         title="HPT: steps on the target, fine-tuning on 100 labels", columns=HPT_TARGETS,
         rows=steps("finetune"),
-        compare=[("HPT, 1500", "Base"), ("HPT-BN, 400", "Base"), ("HPT, 400", "Target, 400"),
-                 *((f"HPT, {n}", "Target, 1500") for n in (1500, 400, 100)), ("HPT, 400", "HPT-BN, 400")]),
+        compare=STEPS_COMPARED),
     "hpt-chain": dict(  # S: the other of the two, since both are drawings (in the paper by their linear probes)
         title="HPT: chains, fine-tuning on 100 labels", columns=HPT_TARGETS,
         rows={name: ("finetune", HPT + flags, ()) for name, flags in (
@@ -148,8 +155,7 @@ STUDIES = {
         title="HPT: fewer augmentations on the target (sketch), 400 steps, linear probe",
         columns={"baseline": "--views baseline",  # the run of hpt-linear, fine-tuning and all
                  **{v: f"--views {v} --eval linear" for v in ("no-grey", "no-colour", "crop-blur", "crop")}},
-        rows={name: ("linear", HPT.replace("{column}", "sketch") + flags, ()) for name, flags in (
-            ("Target", "400"), ("HPT", "400 --init {base}"), ("HPT-BN", "400:bn --init {base}"))},
+        rows={name: row for name, row in on_sketch("400").items() if name != "HPT-BN"},
         compare=[("HPT", "Target"), ("crop", "baseline")]),
     "hpt-detect": dict(
         title="HPT: detection transfer, Faster R-CNN C4 on all labels (section 4.4)", columns={"100%": "--labeled 1"},
@@ -161,7 +167,7 @@ STUDIES = {
         title="Domain adaptation with few labels, photo to strokes (section 4.6)", columns=dict.fromkeys(("1", "3", "10"), ""),
         rows={start + way: (f"{way}, {{column}}",
                             "--program hpt --eval mme --source photo --data strokes --budgets 1,3,10" + init, ())
-              for start, init in (("", ""), ("HPT, ", " --init {chain}")) for way in ("S+T", "MME")},
+              for start, init in (("", ""), ("HPT, ", " --init {source of sketch}")) for way in ("S+T", "MME")},
         compare=[("MME", "S+T"), ("HPT, MME", "HPT, S+T"), ("HPT, MME", "MME")]),
     "hpt-yours": dict(
         title="HPT on your images, linear probe", columns={"base": "", "own base": ""},
@@ -172,8 +178,7 @@ STUDIES = {
     "hpt-fraction": dict(  # the paper has 1% too: here 18 images, fewer than a batch
         title="HPT: a part of the target's images (sketch), linear probe",
         columns={**{f"{k}%": f"--fraction {k / 100:g} --eval linear" for k in (5, 10, 25)}, "100%": "--fraction 1"},
-        rows={name: ("linear", HPT.replace("{column}", "sketch") + flags, ()) for name, flags in (
-            ("Target", "1500"), ("HPT", "400 --init {base}"), ("HPT-BN", "400:bn --init {base}"))},
+        rows=on_sketch("1500"),
         compare=[("HPT", "Target"), ("HPT-BN", "HPT")]),
 }
 
@@ -201,12 +206,15 @@ FINDINGS = {
     "g": ("HPT beats both Base and Target, trained as long, in the linear probe",
           [("hpt-linear", [(f"HPT, {n}", c)], [(other, c)]) for c in HPT_TARGETS
            for n in (400, 1500) for other in ("Base", f"Target, {n}")]),
-    "h": ("It beats Target with a fraction of the steps on the target: a quarter, a fifteenth",
-          [("hpt-linear", [(f"HPT, {n}", c)], [("Target, 1500", c)]) for n in (400, 100) for c in HPT_TARGETS]),
-    "i": ("Batch norm alone (HPT-BN) helps the linear probe; for full fine-tuning all weights are better",
+    "h": ("It beats Target with a quarter of the steps on the target",
+          [("hpt-linear", [("HPT, 400", c)], [("Target, 1500", c)]) for c in HPT_TARGETS]),
+    "i": ("It does so with a fifteenth", [("hpt-linear", [("HPT, 100", c)], [("Target, 1500", c)]) for c in HPT_TARGETS]),
+    "j": ("Batch norm alone (HPT-BN) helps the linear probe; for full fine-tuning all weights are better",
           [(study, [(a, c)], [(b, c)]) for c in HPT_TARGETS
            for study, a, b in (("hpt-linear", "HPT-BN, 400", "Base"), ("hpt-semi", "HPT, 400", "HPT-BN, 400"))]),
-    "j": ("HPT loses less than Target when augmentations are taken away",
+    "k": ("HPT loses less than Target when augmentations are taken away",
           [("hpt-augment", [("HPT", a), ("Target", "baseline")], [("HPT", "baseline"), ("Target", a)])
            for a in ("no-grey", "no-colour", "crop-blur", "crop")]),
+    "l": ("A source on the way to the target adds to HPT (B+S+T against B+T), in fine-tuning",
+          [("hpt-chain", [("B+S+T", c)], [("B+T", c)]) for c in HPT_TARGETS]),
 }

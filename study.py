@@ -37,6 +37,7 @@ import torch
 import backbones
 import data
 import hpt
+import probe
 import recipes
 import runs
 import studies
@@ -91,7 +92,7 @@ def words(o):
         w.update(joint="--joint " + shlex.quote(o.joint))
     if o.joint not in ("", "shapes"):
         w.update(single="--unlabeled " + shlex.quote(o.joint + "/train"))
-    given |= {source: given["chain"] for source in ("source of sketch", "source of strokes") if "chain" in given}
+    given |= {place: given["chain"] for place in ("source of sketch", "source of strokes") if "chain" in given}
     return {**w, **{k: shlex.quote(v) for k, v in given.items()}}
 
 
@@ -127,8 +128,7 @@ def basis(flags):
     weights it starts from as they are on disk."""
     row = hpt.RECIPES[flags["recipe"]] if "program" in flags else \
         recipes.RECIPES.get(flags.get("recipe") or recipes.TASKS.get(flags["task"]))
-    init = Path(backbones.split_source(flags.get("init", "random"))[1])
-    init = Path(runs.weights_of(init)) if init.is_dir() else init
+    init = Path(runs.weights_of(backbones.split_source(flags.get("init", "random"))[1]))
     return runs.digest([row, world.VERSION if "program" in flags or flags["data"] == "shapes" else 0,
                         file_digest(init, init.stat().st_mtime_ns) if init.is_file() else 0])
 
@@ -156,7 +156,7 @@ def plan(study, o):
         root = f"--root {shlex.quote(recipes.Config.root if o.name == 'hpt-yours' else o.root)}"
         if "program" in parse(text):
             common, known = f"{root} {studies.SETTINGS['hpt'] if mine else '--recipe tiny'}", hpt.Config.__dataclass_fields__
-            common += f" --recipe {o.recipe}" * bool(o.recipe and o.task == "hpt")
+            common += f" --recipe {o.recipe}" * bool(o.recipe and o.task == "hpt" and not mine)
         else:
             frozen = studies.SETTINGS[o.name if o.name == "yours" else (world_, task)]
             common, known = f"--task {task} --data {world_} {root} {frozen}", recipes.Config.__dataclass_fields__
@@ -167,7 +167,7 @@ def plan(study, o):
         else:  # pre-training, of the same network
             network = {"backbone": ours(o).RECIPES[o.recipe]["backbone"]} if o.recipe else {}
             common += " " + shlex.join(unparse({k: v for k, v in {**network, **theirs}.items() if k in NETWORK and k in known}))
-        row = recipes.RECIPES.get(parse(common).get("recipe") or recipes.TASKS.get(task), {})
+        row = recipes.RECIPES.get(parse(f"{common} {text}").get("recipe") or recipes.TASKS.get(task), {})
         flags = parse(f"{common} {text}", row)
         name = run_name(start, flags, parse(common, row))
         found[name] = flags
@@ -385,7 +385,8 @@ def clock(seconds):
 
 def arguments(argv):
     own, _, passed = "\0".join(argv).partition("\0--\0")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     add = parser.add_argument
     add("name", choices=[*studies.STUDIES, "findings"], metavar="NAME", help=", ".join([*studies.STUDIES, "findings"]))
     add("--seeds", type=int, default=3, help="runs of each cell, with seeds 0, 1, ... [3]")
@@ -410,8 +411,8 @@ def arguments(argv):
     if o.name == "hpt-yours" and not (Path(o.root) / "train").is_dir():
         raise UserError(f"hpt-yours is for your own images: --root {o.root} has no folder train/ with a folder for each class")
     o.task = "hpt" if program is hpt else o.task or ("seg" if o.world == "voc" else "det")
-    starts = ("base", "chain") if program is hpt else ("pre", "pre++", "simclr") if o.name != "hpt-detect" else \
-        ("base", "target", "hpt", "hpt-bn")
+    starts = {"hpt-detect": ("base", "target", "hpt", "hpt-bn"), "hpt-chain": ("base", "chain"), "hpt-mme": ("base", "chain")}
+    starts = starts.get(o.name, ("base",) if program is hpt else ("pre", "pre++", "simclr"))
     o.jobs = o.jobs or torch.cuda.device_count() or max(1, os.cpu_count() or 1)
     o.results, o.out = Path(o.results), Path(o.out)
     study, after = studies.STUDIES.get(o.name, {"rows": {}, "columns": {}}), parse(shlex.join(o.flags))
@@ -419,6 +420,8 @@ def arguments(argv):
             (o.seeds < 1 or o.jobs < 1, f"--seeds {o.seeds} and --jobs {o.jobs} must be 1 or more"),
             (o.recipe and o.recipe not in program.RECIPES,
              f"--recipe {o.recipe} does not exist; there are {', '.join(program.RECIPES)}"),
+            (o.recipe and any("--recipe" in flags for _, flags, _ in study["rows"].values()),
+             f"--recipe {o.recipe}: {o.name} has its own; leave it out"),
             (o.labeled and o.name != "yours", f"--labeled is for yours; {o.name} says itself how many labels each cell has"),
             (o.name == "yours" and o.world == "shapes", "yours is for your own images: give --data coco or voc and --root DIR"),
             (other := [m[1] for text in o.init if (m := START.match(text)) and m[1] not in starts],
@@ -493,6 +496,9 @@ def main(argv=None):
     if other := [k for k in what if old.get(k) != what[k]]:
         raise UserError(f"{target} is of " + ", ".join(f"{k} '{old.get(k)}'" for k in other) + "; give another --results for "
                         + ", ".join(f"'{what[k]}'" for k in other))
+    if o.name == "hpt-yours":  # what its base is trained on must not be what is reported on
+        probe.check([], probe.load(o.root, 0), 0, 0, [(place, hpt.image_paths(place, recipes.Config.root))
+                                                      for place in (f"{o.root}/train", o.unlabeled) if place])
     study = studies.STUDIES[o.name]
     cells, found = plan(study, o)
     rows, columns = (set(o.only) & set(study[k]) or set(study[k]) for k in ("rows", "columns"))

@@ -99,19 +99,19 @@ def precision(name, device):
 
 
 # ---- log ---------------------------------------------------------------------------------------------------------
-
 class Log:
     """Rank 0's progress line, the same as json lines in `path`, and TensorBoard curves if that package is installed."""
 
     def __init__(self, path, rank):
         self.file = open(path or os.devnull, "a", buffering=1) if rank == 0 else None
-        self.tensorboard, self.line_open = None, False
+        self.tensorboard, self.line_open, self.said = None, False, set()
         if rank == 0 and path and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(str(Path(path).parent / "tensorboard"))
 
-    def say(self, text):
-        if self.file:
+    def say(self, text, once=False):
+        if self.file and not (once and text in self.said):
+            self.said.add(text)
             print(("\n" if self.line_open else "") + text, flush=True)
             self.line_open = False
 
@@ -133,7 +133,7 @@ def parse_flags(config, doc, comments, argv=None):
     """A flag for every field of the dataclass `config` -> an object of it. comments: {group: {field: help text}}; a text
     that starts with {a|b} lists the choices."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [flags]")
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     fields = {f.name: f for f in dataclasses.fields(config)}
     for title, group in comments.items():
         section = parser.add_argument_group(title)

@@ -185,7 +185,8 @@ def check(root, mask_folder, lists):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)  # so that errors are one line
     parser.add_argument("root")
     parser.add_argument("--masks", default="SegmentationClass")
     parser.add_argument("--lists", nargs="+", default=["train", "val"])

@@ -50,12 +50,12 @@ def test_reversal_keeps_values_and_turns_gradients_exactly():
     assert torch.equal(gradient, -torch.autograd.grad((x ** 3).sum(), x)[0])
 
 
-@pytest.mark.parametrize("name, width", [("resnet10", 512), ("efficientnet_b0", 320)])
+@pytest.mark.parametrize("name, width", [("resnet10", 512), ("resnet50", 512), ("efficientnet_b2", 352)])
 def test_the_classifier_is_a_cosine_over_t_but_for_the_length_of_its_rows(name, width):
     net = network(name).eval()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in PIXELS)
     f = net.backbone((images(4) / 255 - mean) / std)[5].mean((2, 3))
-    if name == "resnet10":
+    if name.startswith("resnet"):
         f = f @ net.deep.weight.T + net.deep.bias
     expected = (f / f.norm(dim=1, keepdim=True)) @ net.final.weight.T / 0.05
     assert net.final.weight.shape == (3, width) and net.final.bias is None

@@ -47,6 +47,19 @@ def main(*args):
     hpt.main([*TINY, *map(str, args)])
 
 
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, groups, hue, steps, pixels", [("hpt", 4, 0.4, 5000, "source"), ("moco-v2", 8, 0.1, 200 * 5004, "imagenet")])
+def test_a_recipe_has_the_published_settings(name, groups, hue, steps, pixels):
+    c = hpt.RECIPES[name]
+    assert (c["batch"], c["groups"], c["queue"], c["m"], c["steps"], c["lr"], c["weight_decay"], c["pixels"]) == (
+        256, groups, 65536, 0.999, steps, 0.03, 1e-4, pixels)
+    assert (c["crop"], c["jitter"], c["grey"], c["blur"], c["flip"]) == ((0.2, 1), (0.4, 0.4, 0.4, hue), 0.2, (0.1, 2), 0.5)
+    assert (c["backbone"], c["image_size"], hpt.TEMPERATURE[c["method"]], hpt.DIM) == ("resnet50", 224, 0.2, 128)
+    assert (c["probe_steps"], c["tune_steps"], c["tune_epochs"], c["tune_batch"], probe.LINEAR_BATCH, probe.LRS,
+            probe.TUNE_LRS) == (5000, 2500, 90, 256, 512, (0.3, 3, 30), (0.01, 0.001))
+
+
 # ---- one step ----------------------------------------------------------------------------------------------------
 
 def moco(groups=1, rank=0, ranks=1):
@@ -434,6 +447,27 @@ def test_long_stages_save_more_often_than_ten_times(images, tmp_path, monkeypatc
     assert saved == list(range(1, 21))
 
 
+def test_bf16_learns_too(images, tmp_path):
+    main("--stage", f"{images}:12", "--precision", "bf16", "--out", tmp_path / "run")
+    values = [row["positive"] for row in records(tmp_path / "run", FOLDERS[0]).values()]
+    state = backbone(tmp_path / "run", FOLDERS[0])["model"]
+    assert len(values) > 5 and np.isfinite(values).all() and all(v.isfinite().all() for v in state.values())
+    assert {v.dtype for k, v in state.items() if "num_batches" not in k} == {torch.float32}  # only arithmetic is bf16
+
+
+def test_without_a_stage_the_four_ways_are_compared(images, tmp_path, monkeypatch, capsys):
+    ways = {"Base": f"{images}:stats", "Target": f"{images}:3", "HPT": f"{images}:2", "HPT-BN": f"{images}:2:bn"}
+    monkeypatch.setattr(hpt, "DEMO", (f"{images}:2", ways))
+    monkeypatch.setitem(hpt.RECIPES, "tiny", {**hpt.RECIPES["tiny"], "probe_steps": 5})
+    main("--out", tmp_path / "run")
+    base = tmp_path / "run/source/1_all_colours/backbone.pt"
+    inits = {way: torch.load(next((tmp_path / "run" / way).glob("1_*/backbone.pt")), weights_only=True)["about"]["init"] for way in ways}
+    assert inits == {way: "random" if way == "Target" else str(base) for way in ways}
+    found = json.loads((tmp_path / "run/results.json").read_text())
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.split(" ")[0] in ways]
+    assert len(rows) == 4 and all(r.endswith(f"{found[r.split(' ')[0]]['accuracy']:.3f}") for r in rows)
+
+
 def test_an_efficientnet_keeps_its_padding(images, tmp_path):
     """Both paddings have the same tensors: only the file says which it is."""
     main("--backbone", "tf_efficientnet_b0", "--stage", f"{images}:1:stats", "--out", tmp_path)
@@ -459,7 +493,8 @@ def test_two_processes_train_as_one(images, tmp_path):
 @pytest.mark.parametrize("args, match", [
     (["--stage", "nowhere:5"], "no image found at --stage nowhere"),
     (["--stage", ":5:bn"], "names no source"),
-    (["--stage", "{images}:0"], "or no step"),
+    (["--stage", "{images}:0"], "names no source, step or mode"),
+    (["--stage", "{images}:5:bm"], "step or mode; give SRC"), (["--stage", "{images}:-3"], "step or mode; give SRC"),
     (["--stage", "{images}:5", "--queue", "17"], "--queue 17 is no multiple of the batch, 8; give e.g. --queue 16"),
     (["--stage", "{images}:5", "--groups", "3"], "cannot be cut into 3 batch-norm groups"),
     (["--stage", "{images}:5", "--batch", "48", "--queue", "48"], "has 27 images, fewer than a batch of 48"),

@@ -52,6 +52,16 @@ def test_fine_tuning_is_tried_for_steps_and_for_epochs(colours, tmp_path):
         row[:2] for row in result["grid"] if row[2] == result["validation"]]
 
 
+def test_learning_rates_fall_to_a_tenth_from_each_third_and_the_new_layer_has_a_hundred_times_more(colours, monkeypatch):
+    seen, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (seen.append([g["lr"] for g in self.param_groups]), step(self)))
+    probe.finetune(backbone(), probe.load(str(colours), 0), PLAIN, {**C, "tune_steps": 6, "tune_epochs": 0}, CPU, QUIET)
+    assert np.allclose(seen, [[lr * drop * k for k in (1, 100)] for lr in (0.01, 0.001) for drop in (1, 1, .1, .1, .01, .01)])
+    seen.clear()
+    probe.linear(backbone(), probe.load(str(colours), 0), PLAIN, {**C, "probe_steps": 3, "augmented": False}, CPU, QUIET)
+    assert np.allclose(seen, [[lr * drop for _ in range(2) for lr in (0.3, 3, 30)] for drop in (1, .1, .01)])
+
+
 def test_another_drawing_of_the_same_files_is_not_taken_for_it(colours, tmp_path):
     folder, c = shutil.copytree(colours, tmp_path / "copy"), C
     (folder / "world.json").write_text('{"version": 3}')

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -472,6 +473,24 @@ def test_hpt_on_your_images_starts_from_the_embedded_base_and_from_one_of_your_o
         planned("hpt-yours", "--root", "elsewhere")
 
 
+def test_what_a_base_of_ones_own_sees_is_not_what_is_reported_on(stub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "signs" / place).mkdir(parents=True)
+        for k in range(3):
+            PIL.Image.new("RGB", (8, 8)).save(tmp_path / "signs" / place / f"{k}.png")
+    for unlabeled, match in (("signs", "has 6 images that --data reports on"), ("nowhere", "no image found at --stage nowhere")):
+        if unlabeled == "signs":
+            (tmp_path / "all.txt").write_text("\n".join(map(str, sorted((tmp_path / "signs").rglob("*.png")))))
+            unlabeled = "all.txt"
+        with pytest.raises(util.UserError, match=match):
+            stub("hpt-yours", "--root", "signs", "--unlabeled", unlabeled)
+    (tmp_path / "signs/val").rename(tmp_path / "gone")
+    with pytest.raises(util.UserError, match="val"):
+        stub("hpt-yours", "--root", "signs")
+    assert not notes(tmp_path)
+
+
 def test_joint_training_on_the_embedded_world_brings_no_folder_of_single_objects():
     assert "single" not in study.words(study.arguments(["table7", "--world", "coco", "--joint", "shapes"]))
     assert study.words(study.arguments(["table7", "--joint", "shapes"]))["single"].endswith("single/extra")
@@ -520,7 +539,8 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path):
     (["table2", "--", "--labeled", "1"], "^--labeled after --"), (["table2", "--", "--root", "x"], "^--root after --"),
     (["table2", "--", "--stepz", "1"], "no flag --stepz"), (["table2", "--", "steps"], "no flag"),
     (["regime", "--labeled", "0.1"], "^--labeled is for yours"),
-    (["hpt-linear", "--task", "seg"], "leave out --task"), (["hpt-linear", "--init", "pre=x"], "it has base, chain"), (["hpt-linear", "--recipe", "coco-b7"], "--recipe coco-b7 does not"),
+    (["hpt-linear", "--task", "seg"], "leave out --task"), (["hpt-linear", "--init", "pre=x"], "it has base"), (["hpt-linear", "--init", "chain=x"], "it has base$"),
+    (["hpt-detect", "--recipe", "voc-c4"], "hpt-detect has its own"), (["hpt-linear", "--recipe", "coco-b7"], "--recipe coco-b7 does not"),
     (["hpt-linear", "--", "--loss-norm", "off"], "hpt.py has no flag --loss-norm"),
     (["table2", "--", "--aug", "s1"], "^--aug after -- is what table2 varies"),
     (["alpha", "--", "--alpha", "1"], "^--alpha after -- is what alpha varies")])
