@@ -170,7 +170,10 @@ def trained(domains, folder, lam, s=SHORT):
     few, rest = found["few"][2]
     folder.mkdir(parents=True, exist_ok=True)
     net = network()
-    return adapt.train(folder, net, found["source"], few, rest, found["val"], lam, s, C, CPU, QUIET), net
+    result = adapt.train(folder, net, found["source"], few, rest, found["val"], lam, s, C, CPU, QUIET)
+    state = runs.load_latest(folder)
+    assert state["spent"] > 0 and result.pop("seconds") >= round(state["spent"], 1)  # of all sessions together
+    return result, net
 
 
 def test_lambda_0_is_source_and_target_training_bit_for_bit(domains, tmp_path):

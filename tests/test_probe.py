@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import backbones
+import eval as evaluation
 import hpt
 import probe
 import sources
@@ -160,7 +161,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(colours):
     assert np.allclose(mean, pixels.mean(0)) and np.allclose(std, pixels.std(0))
     images = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
     white = torch.tensor([(1 - m) / s for m, s in zip(mean, std)])
-    assert torch.allclose(probe.normalise(images, (mean, std))[0, :, 0, 0], white)
+    assert torch.allclose(evaluation.normalise(images, images.device, (mean, std))[0, :, 0, 0], white)
 
 
 def test_the_centre_is_seven_eighths_of_the_shorter_side():
@@ -271,7 +272,7 @@ def test_unreadable_images_are_not_scored(colours, tmp_path):
     shutil.copytree(colours, folder)
     (folder / "test/red/0.png").write_bytes(b"no image")
     sets = probe.load(str(folder), 0)
-    x, y = probe.features(backbone(), sets, "test", probe.IMAGENET, C, CPU, QUIET)
+    x, y = probe.features(backbone(), sets, "test", evaluation.IMAGENET, C, CPU, QUIET)
     assert len(x) == len(y) == 23 and (y >= 0).all()
     (folder / "val").rename(folder / "elsewhere")
     with pytest.raises(UserError, match="no folder"):
