@@ -515,7 +515,7 @@ def test_runs_of_hpt_depend_on_its_recipe_and_pre_training_on_no_flag_of_theirs(
     assert starts[0] == starts[1] and starts[0]
     runs_ = [planned(name)[1] for name in ("hpt-linear", "hpt-augment", "hpt-fraction")]
     shared = set(runs_[0]) & set(runs_[1]) & set(runs_[2])
-    assert len(shared) == 3  # base; HPT and HPT-BN on all of sketch under the usual views
+    assert len(shared) == 2  # base; HPT on all of sketch under the usual views
 
 
 def test_what_a_run_starts_from_is_started_however_far_back(stub):
@@ -618,14 +618,14 @@ def test_verdicts_follow_the_intervals(tmp_path):
     def verdicts():
         lines = [line.split("|") for line in tables.findings(tmp_path).splitlines() if line.startswith("| (")]
         return {w[1].split()[0].strip("()"): w[2].strip(" *") for w in lines}
-    assert verdicts() == dict.fromkeys("0abcdefghij", "not run")
+    assert verdicts() == dict.fromkeys("0abcdefghijkl", "not run")
     regime = [cell("random", c, [v, v + 0.1, v - 0.1]) for c, v in (("20%", 10), ("50%", 20), ("100%", 30))]
     write("regime", regime)
     write("table3", [cell(r, c, [v, v + 1, v + 2]) for c in ("20%", "50%", "100%")
                      for r, v in (("random", 10), ("random, longer", 12), ("random, self-trained", 11))])
     write("alpha", [cell("self-trained", a, [10.0 + k, 10.1, 10.0]) for k, a in enumerate("124")]
           + [cell("self-trained, not normalised", a, [10.0 + 5 * k, 10.1 + 3 * k, 10 + 4 * k]) for k, a in enumerate("124")])
-    assert verdicts() == {**dict.fromkeys("bcdeghij", "not run"), "0": "holds", "a": "does not hold", "f": "holds"}
+    assert verdicts() == {**dict.fromkeys("bcdeghijkl", "not run"), "0": "holds", "a": "does not hold", "f": "holds"}
     write("regime", [{**c, "rising": c["column"] == "100%"} for c in regime])
     assert verdicts()["0"] == "unclear" and "still rising: random 100%" in tables.findings(tmp_path)
     write("regime", [{**c, "rising": None} for c in regime])
