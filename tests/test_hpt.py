@@ -377,7 +377,8 @@ def test_only_the_backbone_passes_between_stages(finished):
 def test_the_log_shows_the_loss_beside_chance(finished):
     line = records(finished, FOLDERS[0])[5]
     assert line["chance"] == pytest.approx(np.log(17)) and line["queue"] == 1 and -1 <= line["negative"] <= 1
-    assert records(finished, FOLDERS[0])[1]["lr"] == pytest.approx(0.24 * 8 / 256) and line["lr"] < 0.24 * 8 / 256 / 5
+    lr = hpt.RECIPES["tiny"]["lr"] * 8 / 256
+    assert records(finished, FOLDERS[0])[1]["lr"] == pytest.approx(lr) and line["lr"] < lr / 5
 
 
 def test_the_backbone_is_what_others_load(finished, images, tmp_path):
@@ -424,7 +425,7 @@ def test_sigterm_saves_and_exits_143(images, tmp_path):
 
 def test_only_what_is_trained_drops_layers(images, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(hpt, "train", lambda folder, net, *a: (seen.append(copy.deepcopy(net)), [0, 0, 0])[1])
+    monkeypatch.setattr(hpt, "train", lambda folder, net, *a: (seen.append(copy.deepcopy(net)), ([0, 0, 0], 0))[1])
     main("--backbone", "efficientnet_b0", *(x for mode in ("all", "bn", "stats") for x in ("--stage", f"{images}:1:{mode}")),
          "--out", tmp_path)
     for net, mode in zip(seen, ("all", "bn", "stats")):
@@ -523,7 +524,7 @@ def test_bad_input_ends_with_exit_code_2(tmp_path):
 
 
 def test_a_run_begun_with_other_settings_is_refused(images, finished):
-    with pytest.raises(UserError, match="lr: 0.24 -> 0.1"):
+    with pytest.raises(UserError, match=f"lr: {hpt.RECIPES['tiny']['lr']} -> 0.1"):
         main(*CHAIN, "--data", images, *stages(images), "--out", finished, "--lr", "0.1")
 
 
