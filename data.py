@@ -562,8 +562,8 @@ def check(path, images=None, strict=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)  # so that errors are one line
-    sub = parser.add_subparsers(dest="command", required=True)
-    parsers = {name: sub.add_parser(name) for name in ("check", "split", "export")}
+    sub = parser.add_subparsers(dest="command", required=True, prog="data.py")
+    parsers = {name: sub.add_parser(name, usage=argparse.SUPPRESS) for name in ("check", "split", "export")}
     for p in parsers.values():
         p.add_argument("path")
     parsers["check"].add_argument("--images")
