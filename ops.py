@@ -1,69 +1,63 @@
-"""Detection arithmetic as pure functions on tensors: anchors, box coding, matching, losses, decoding.
+"""Arithmetic on tensors: anchors, box coding, matching, the losses of all tasks, the joint loss of
+self-training, decoding. Imports nothing local: copy this file into any project.
 
-Follows the RetinaNet that Zoph et al. 2020 trained (the configuration is that of the TensorFlow TPU detection code
-which the authors released checkpoints for) and App. B of the paper for the joint loss of self-training.
-Nothing here imports another file of this project: copy it alone.
+Detection follows the RetinaNet that Zoph et al. 2020 trained (the configuration is that of the
+TensorFlow TPU detection code, in which the authors released checkpoints). Not here: Soft-NMS (the
+paper uses it for SpineNet only), anchors clipped to the image, per-class candidate limits.
 
-Conventions: boxes are float32 xyxy in absolute pixels; B images, A anchors, M (padded) ground-truth boxes, K classes.
-Not here: Soft-NMS (the paper uses it for SpineNet only), anchors clipped to the image, per-class candidate limits.
+Boxes are float32 xyxy in pixels. B images, A anchors, M (padded) true boxes, K classes.
+
+A task's targets(batch, net) -> {name: (B, ...)}, count (B,): anchors, pixels or images of each
+image that the loss is a mean over. Its losses(outputs, targets, count, net) -> (B, terms), where
+count (B,) is that of the image's part of the *whole* step, so that the pieces of a step, on any
+number of processes, add up to the same loss.
 """
+
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.ops import batched_nms
 
-NEGATIVE, IGNORE = -1, -2  # values of match() besides ground-truth indices
-MAX_LOG_SIZE = math.log(1000 / 16)  # decode clip for log width/height ratios, so exp() cannot overflow
+NEGATIVE = -1  # of match() besides the indices of boxes: background
+IGNORE = -2  # of match(): neither background nor an object
+UNLABELLED = 255  # of a mask
+NO_CLASS = -1  # of an image
+MAX_LOG_SIZE = math.log(1000 / 16)  # decode clips log size ratios here, so exp() cannot overflow
+BOX_WEIGHT = 50.0  # of the Huber loss beside the focal loss (TPU code)
+
+# ---- anchors -------------------------------------------------------------------------------------
 
 
-# ---- anchors -----------------------------------------------------------------------------------------------------
+def make_anchors(height, width, levels=(3, 7), base=4.0, scales=3, ratios=(1.0, 2.0, 0.5)):
+    """Anchors of all levels, finest first, row-major, `scales * len(ratios)` a place -> (A, 4).
 
-def make_anchors(height, width, levels=(3, 7), base=4.0, scales=3, ratios=(1.0, 2.0, 0.5), device="cpu"):
-    """Anchors of every level, finest first, row-major, `scales * len(ratios)` at each location -> (A, 4).
-
-    base: side of the smallest anchor in strides (4 for ResNet and EfficientNet; 3 for SpineNet-49S/49/96).
-    ratios are width / height. Centres lie at stride/2 + k*stride.
+    base: side of the smallest anchor in strides (4 for ResNet and EfficientNet; 3 for
+    SpineNet-49S/49/96). ratios are width / height. Centres lie at stride / 2 + k * stride.
     """
-    out = []
+    anchors = []
     for level in range(levels[0], levels[1] + 1):
-        stride = 2 ** level
-        sizes = [base * stride * 2 ** (i / scales) for i in range(scales)]
-        half = torch.tensor([[s * math.sqrt(r) / 2, s / math.sqrt(r) / 2] for s in sizes for r in ratios])  # (a, 2) w, h
-        rows, cols = _cells(height, width, stride)
-        out.append(_tile(torch.cat([-half, half], 1), rows, cols, stride, stride, stride / 2))
-    return torch.cat(out).to(device)
+        stride = 2**level
+        half = []  # width, height
+        for i in range(scales):
+            side = base * stride * 2 ** (i / scales)
+            half += [[side * math.sqrt(r) / 2, side / math.sqrt(r) / 2] for r in ratios]
+        half = torch.tensor(half)  # (a, 2)
+        y = torch.arange(-(-height // stride)) * stride + stride / 2  # padded convolutions round up
+        x = torch.arange(-(-width // stride)) * stride + stride / 2
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        centre = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)  # (H*W, 1, 4)
+        anchors.append((centre + torch.cat([-half, half], 1)).reshape(-1, 4))  # (H*W*a, 4)
+    return torch.cat(anchors)
 
 
-def torchvision_anchors(height, width, levels=(3, 7), device="cpu"):
-    """The anchors torchvision's RetinaNet weights were trained with -> (A, 4). Differences from make_anchors: sides
-    rounded to pixels, ratio-major order, centres at k*stride without the half-stride offset, and as stride the whole
-    pixels of image per cell: 61, not 64, where 13 rows of P6 cover 800 pixels."""
-    out = []
-    for level in range(levels[0], levels[1] + 1):
-        stride, side = 2 ** level, 4 * 2 ** level
-        sizes = [float(int(side * 2 ** (i / 3))) for i in range(3)]
-        half = torch.tensor([[s / math.sqrt(r) / 2, s * math.sqrt(r) / 2] for r in (0.5, 1.0, 2.0) for s in sizes])
-        rows, cols = _cells(height, width, stride)
-        out.append(_tile(torch.cat([-half, half], 1).round(), rows, cols, height // rows, width // cols, 0.0))
-    return torch.cat(out).to(device)
+# ---- boxes ---------------------------------------------------------------------------------------
 
-
-def _cells(height, width, stride):
-    return -(-height // stride), -(-width // stride)  # strided convolutions with padding round up
-
-
-def _tile(cell, rows, cols, dy, dx, offset):
-    """Copies the anchors `cell` (a, 4) of one location to every location of a level, dy and dx apart -> (H*W*a, 4)."""
-    y, x = torch.meshgrid(torch.arange(rows) * dy + offset, torch.arange(cols) * dx + offset, indexing="ij")
-    centre = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)  # (H*W, 1, 4)
-    return (centre + cell).reshape(-1, 4).float()  # (H*W*a, 4)
-
-
-# ---- boxes -------------------------------------------------------------------------------------------------------
 
 def box_iou(a, b):
-    """Pairwise intersection over union of a (..., N, 4) and b (..., M, 4) -> (..., N, M). Empty boxes give 0."""
+    """Pairwise intersection over union of a (..., N, 4) and b (..., M, 4) -> (..., N, M); 0 where a
+    box is empty."""
     low = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
     high = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
     inter = (high - low).clamp(min=0).prod(-1)
@@ -73,29 +67,33 @@ def box_iou(a, b):
 
 
 def encode(boxes, anchors):
-    """Boxes (..., 4) relative to anchors (..., 4) -> (..., 4): centre offset / anchor size, log size ratio.
-    No variance scaling. The original orders the four as (y, x, h, w); ours is (x, y, w, h), torchvision's order."""
-    size_a, size_b = anchors[..., 2:] - anchors[..., :2], (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
-    centre_a, centre_b = (anchors[..., :2] + anchors[..., 2:]) / 2, (boxes[..., :2] + boxes[..., 2:]) / 2
+    """Boxes (..., 4) relative to anchors (..., 4) -> (..., 4): centre offset / anchor size, log
+    size ratio; no variances. The original orders the four as (y, x, h, w), we as torchvision."""
+    size_a = anchors[..., 2:] - anchors[..., :2]
+    size_b = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
+    centre_a = (anchors[..., :2] + anchors[..., 2:]) / 2
+    centre_b = (boxes[..., :2] + boxes[..., 2:]) / 2
     return torch.cat([(centre_b - centre_a) / size_a, torch.log(size_b / size_a)], -1)
 
 
 def decode(deltas, anchors):
-    """Inverse of encode; log ratios are clipped at ln(1000/16) -> boxes (..., 4)."""
-    size, centre = anchors[..., 2:] - anchors[..., :2], (anchors[..., :2] + anchors[..., 2:]) / 2
+    """Inverse of encode -> boxes (..., 4)."""
+    size = anchors[..., 2:] - anchors[..., :2]
+    centre = (anchors[..., :2] + anchors[..., 2:]) / 2
     centre = centre + deltas[..., :2] * size
     half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SIZE)) * size / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
 def match(anchors, boxes, valid, positive=0.5, negative=0.5):
-    """Which ground-truth box each anchor answers for, for a whole batch at once.
+    """Which true box each anchor answers for, for a whole batch at once.
 
     anchors (A, 4); boxes (B, M, 4) padded; valid (B, M) bool marks the real ones. M may be 0.
-    Returns (B, A) int64: index of a box, NEGATIVE (IoU < negative) or IGNORE (between). Each valid box also takes the
-    anchor it overlaps most, whatever that IoU (first such anchor on ties; boxes it overlaps not at all take none).
-    torchvision's Matcher differs there: it keeps all ties, and gives the anchor to the box the *anchor* prefers; the TPU
-    code lets the first, not the last, of two boxes that want the same anchor have it.
+    -> (B, A) int64: index of a box, NEGATIVE (IoU < negative) or IGNORE (between). A valid box also
+    takes the anchor it overlaps most, whatever that IoU (the first of equals; none if it overlaps
+    none). torchvision's Matcher differs there: it keeps all ties, and gives the anchor to the box
+    that the *anchor* prefers; of two boxes that want one anchor the TPU code lets the first have
+    it, we the last.
     """
     B, M = valid.shape
     A = len(anchors)
@@ -103,43 +101,53 @@ def match(anchors, boxes, valid, positive=0.5, negative=0.5):
         return torch.full((B, A), NEGATIVE, dtype=torch.int64, device=anchors.device)
     iou = box_iou(boxes, anchors.expand(B, A, 4)) * valid[..., None]  # (B, M, A)
     best, index = iou.max(1)  # (B, A) over the boxes
-    index = torch.where(best >= positive, index, torch.where(best < negative, NEGATIVE, IGNORE))
+    background = torch.where(best < negative, NEGATIVE, IGNORE)
+    index = torch.where(best >= positive, index, background)
+    # Padding and boxes that overlap nothing write into an extra column. Of two boxes that want one
+    # anchor the later has it on every device: amax over box indices does not depend on the order.
     top, anchor = iou.max(2)  # (B, M) over the anchors
-    # two boxes may want one anchor: write through an extra column so that padding and empty overlaps land nowhere,
-    # and let the later box win on every device alike (amax over box indices is order-free, a plain scatter is not)
-    forced = torch.full((B, A + 1), -1, dtype=torch.int64, device=anchors.device)
     slot = torch.where(valid & (top > 0), anchor, A)
+    forced = torch.full((B, A + 1), -1, dtype=torch.int64, device=anchors.device)
     forced.scatter_reduce_(1, slot, torch.arange(M, device=slot.device).expand(B, M), "amax")
     forced = forced[:, :A]
     return torch.where(forced >= 0, forced, index)
 
 
-# ---- losses ------------------------------------------------------------------------------------------------------
+# ---- losses of boxes -----------------------------------------------------------------------------
+
 
 class _FocalLoss(torch.autograd.Function):
-    """Focal loss with its derivative written out: one pass in float32 instead of a dozen saved intermediates.
-    With s = softplus(x), p = sigmoid(x) = exp(x - s), a background entry costs (1-alpha) p^gamma s, derivative
-    (1-alpha) p^gamma (gamma (1-p) s + p). All entries are first taken as background; the few foreground ones
-    (one per positive anchor) are the same formula at -x with weight alpha and opposite sign, and are patched in."""
+    """Focal loss with its derivative written out: one pass in float32 that keeps one tensor of the
+    logits' size, where torchvision's sigmoid_focal_loss keeps 8, in 0.7 of its time (one CPU core).
+
+    With s = softplus(x), p = sigmoid(x) = exp(x - s), a background entry costs (1-alpha) p^gamma s,
+    derivative (1-alpha) p^gamma (gamma (1-p) s + p). All entries are first taken as background. The
+    few foreground ones (one a positive anchor) are the same formula at -x with weight alpha and
+    opposite sign, and are patched in."""
 
     @staticmethod
     def forward(ctx, logits, classes, alpha, gamma):
         x = logits.float()  # (B, A, K)
         soft = F.softplus(x)
-        log_p = x - soft if logits.dtype == torch.float32 else x.sub_(soft)  # never write into the caller's tensor
+        if logits.dtype == torch.float32:
+            log_p = x - soft  # x is the caller's own tensor, which must not be written into
+        else:
+            log_p = x.sub_(soft)
         p = log_p.exp()
         weight = log_p.mul_(gamma).exp_().mul_(1 - alpha)  # (1-alpha) p^gamma
         loss = (weight * soft).sum(-1)  # (B, A)
         grad = soft.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
+
         b, a = (classes >= 0).nonzero(as_tuple=True)  # (P,) each
         k = classes[b, a]
         x = -logits[b, a, k].float()
         soft = F.softplus(x)
         p = torch.exp(x - soft)
         weight = alpha * torch.exp(gamma * (x - soft))
-        background = (1 - alpha) * torch.exp(-gamma * soft) * F.softplus(-x)  # what the entry was charged above
+        background = (1 - alpha) * torch.exp(-gamma * soft) * F.softplus(-x)  # as charged above
         loss[b, a] += weight * soft - background
         grad[b, a, k] = -weight * (gamma * (1 - p) * soft + p)
+
         ignored = classes == IGNORE
         loss = loss.masked_fill_(ignored, 0).sum(1)  # (B,)
         ctx.save_for_backward(grad.masked_fill_(ignored[..., None], 0).to(logits.dtype))
@@ -147,84 +155,173 @@ class _FocalLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):  # (B,)
-        grad, = ctx.saved_tensors
+        (grad,) = ctx.saved_tensors
         return grad * scale[:, None, None].to(grad.dtype), None, None, None
 
 
 def focal_loss(logits, classes, alpha=0.25, gamma=1.5):
-    """Sigmoid focal loss (Lin et al. 2017; gamma 1.5 is the TPU detection code's default), summed over anchors.
+    """Sigmoid focal loss (Lin et al. 2017; gamma is the TPU code's), summed over anchors.
 
-    logits (B, A, K) of any float type; classes (B, A) int64: 0..K-1, NEGATIVE, or IGNORE (costs nothing).
-    Returns (B,) float32, one sum per image, not yet divided by the number of positives.
+    logits (B, A, K) of any float type; classes (B, A) int64: 0..K-1, NEGATIVE, or IGNORE, which
+    costs nothing -> (B,) float32, not yet divided by the number of positives.
     """
     return _FocalLoss.apply(logits, classes, alpha, gamma)
 
 
 def box_loss(deltas, boxes, anchors, matched, delta=0.1):
-    """Huber loss of the positive anchors' deltas against their boxes, summed over anchors and the 4 components.
-
-    deltas (B, A, 4); boxes (B, M, 4); anchors (A, 4); matched (B, A) from match(). Returns (B,) float32.
-    """
+    """Huber loss of the positive anchors' deltas against their boxes, summed over anchors and the 4
+    components. deltas (B, A, 4); boxes (B, M, 4); matched (B, A) of match() -> (B,) float32."""
     b, a = (matched >= 0).nonzero(as_tuple=True)  # (P,)
     target = encode(boxes[b, matched[b, a]], anchors[a])  # (P, 4)
     error = (deltas[b, a].float() - target).abs()
-    loss = torch.where(error <= delta, 0.5 * error ** 2, delta * error - 0.5 * delta ** 2).sum(1)  # (P,)
+    near = 0.5 * error**2
+    far = delta * error - 0.5 * delta**2
+    loss = torch.where(error <= delta, near, far).sum(1)  # (P,)
     return torch.zeros(len(deltas), device=loss.device).index_add(0, b, loss)
 
 
-def joint_loss(losses, averages, alpha, normalise=True):
-    """Loss on human and other labels together: (L_h + alpha * sum_k (avg L_h / avg L_k) * L_k) / (1 + alpha * how many k).
+def match_anchors(batch, net):
+    """Targets {"matched" (B, A) of match(), "classes" (B, A) likewise but with class indices,
+    "boxes" (B, M, 4)}; count: positive anchors. net: anything with anchors (A, 4)."""
+    matched = []
+    for boxes, labels in zip(batch["boxes"].split(8), batch["labels"].split(8)):
+        matched.append(match(net.anchors, boxes, labels >= 0))  # all IoUs at once are gigabytes
+    matched = torch.cat(matched)
+    labels = F.pad(batch["labels"], (0, 1), value=-1)  # (B, M+1): gather needs a column if M is 0
+    classes = torch.where(matched >= 0, labels.gather(1, matched.clamp(min=0)), matched)
+    targets = {"matched": matched, "classes": classes, "boxes": batch["boxes"]}
+    return targets, (matched >= 0).sum(1).float()
 
-    App. B of the paper (formula recalled, not checked against its text), where there is one other, L_p on pseudo-labels; joint
-    training has the classification loss in its place or beside it. losses: scalars, L_h first. averages: what update_averages
-    returned for the steps before this one (ratios of 1 while there are none), so the coefficients are constants with no
-    gradient and do not depend on how a step is cut into micro-batches.
-    normalise=False is the plain sum L_h + alpha * L_p that the paper reports as unstable.
+
+def box_losses(outputs, targets, count, net):
+    """Focal loss and weighted box loss (B, 2). The original divides by the positives + 1, too."""
+    logits, deltas = outputs  # (B, A, K), (B, A, 4)
+    focal = focal_loss(logits, targets["classes"])
+    box = box_loss(deltas, targets["boxes"], net.anchors, targets["matched"])
+    return torch.stack([focal, BOX_WEIGHT / 4 * box], 1) / (count + 1)[:, None]
+
+
+# ---- losses of pixels and of classes -------------------------------------------------------------
+
+
+def pixel_targets(batch, net):
+    """Targets {"mask" (B, H, W) int64} at the stride of the logits; count: labelled pixels. The TPU
+    code's loss is at that resolution as well, but it reduces masks bilinearly (for the TPU's sake,
+    it says), we by nearest neighbour."""
+    rows = slice(net.stride // 2, None, net.stride)
+    mask = batch["mask"][:, rows, rows].long()  # (B, H, W)
+    return {"mask": mask}, (mask != UNLABELLED).sum((1, 2)).float()
+
+
+def pixel_losses(logits, targets, count, net):
+    """Softmax cross-entropy (B, 1) of logits (B, K, H, W)."""
+    mask = targets["mask"]
+    loss = F.cross_entropy(logits.float(), mask, ignore_index=UNLABELLED, reduction="none")
+    return loss.sum((1, 2))[:, None] / count.clamp(min=1)[:, None]
+
+
+def class_targets(batch, net):
+    """Targets {"class" (B,)}; count: 1, or 0 for an image without a class."""
+    label = batch["image_class"]
+    return {"class": label}, (label != NO_CLASS).float()
+
+
+def class_losses(logits, targets, count, net):
+    """Softmax cross-entropy (B, 1) of logits (B, K). No label smoothing."""
+    label = targets["class"]
+    loss = F.cross_entropy(logits.float(), label, ignore_index=NO_CLASS, reduction="none")
+    return (loss / count.clamp(min=1))[:, None]
+
+
+# ---- the joint loss ------------------------------------------------------------------------------
+
+
+def per_part(values, part, P):
+    """Sums (P, ...) of values (B, ...) over the images of each part of a step; part (B,)."""
+    sums = torch.zeros(P, *values.shape[1:], device=values.device)
+    return sums.index_add(0, part, values)
+
+
+class JointLoss(nn.Module):
+    """L = (L_h + sum_k alpha * (avg L_h / avg L_k) * L_k) / (1 + alpha * K)
+
+    Zoph et al. 2020, App. B (recalled, not checked against its text), where K is 1: L_h on human
+    labels, L_1 on pseudo-labels. In joint training the classification loss is one more, or the only
+    one. The averages are those of the steps before this one, so the coefficients are constants
+    without gradient and do not depend on how a step is cut into pieces; before the first step the
+    ratios are 1. The decay is ours, the paper gives none (recalled).
+
+    normalised=False: the plain sum L_h + alpha * sum_k L_k, which the paper reports as unstable.
     """
-    means = average_losses(averages)  # (P,)
-    ratios = means[0] / means[1:].clamp(min=1e-6) if averages[-1] > 0 else [1.0] * len(means)
-    if not normalise:
-        return losses[0] + alpha * sum(losses[1:])
-    return (losses[0] + sum(alpha * ratio * loss for ratio, loss in zip(ratios, losses[1:]))) / (1 + alpha * (len(losses) - 1))
+
+    def __init__(self, parts, alpha=1.0, normalised=True, decay=0.99):
+        super().__init__()
+        self.alpha = alpha
+        self.normalised = normalised
+        self.decay = decay
+        self.register_buffer("sums", torch.zeros(parts, dtype=torch.float64))
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float64))  # 1 after many steps
+
+    @property
+    def average(self):
+        """Mean losses (1 + K,), corrected for how few steps there have been."""
+        return self.sums / self.weight.clamp(min=1e-12)
+
+    @property
+    def ratio(self):
+        """avg L_h / avg L_k (K,)."""
+        average = self.average
+        return torch.where(self.weight > 0, average[0] / average[1:].clamp(min=1e-6), 1.0)
+
+    def forward(self, losses):
+        """losses (1 + K,): the human one first."""
+        K = len(losses) - 1
+        if K == 0:
+            return losses[0]
+        if not self.normalised:
+            return losses[0] + self.alpha * losses[1:].sum()
+        others = (self.alpha * self.ratio * losses[1:]).sum()
+        return (losses[0] + others) / (1 + self.alpha * K)
+
+    def update(self, losses):
+        """losses (1 + K,) of a whole step, over all processes."""
+        if not losses.all():  # a part without a single label says nothing about its usual loss
+            return
+        new = losses.detach().double()
+        self.sums.copy_(self.decay * self.sums + (1 - self.decay) * new)
+        self.weight.copy_(self.decay * self.weight + (1 - self.decay))
 
 
-def update_averages(averages, losses, decay=0.99):
-    """Moving averages of the losses (P,), as a float64 tensor [sum_h, sum_p, ..., weight] that starts as zeros(P + 1).
-    The decay is our choice: the paper gives none (recalled)."""
-    new = torch.cat([losses.detach().double(), averages.new_ones(1)])
-    return decay * averages + (1 - decay) * new
+# ---- decoding ------------------------------------------------------------------------------------
 
 
-def average_losses(averages):
-    """Mean losses (P,), bias-corrected: divided by the total weight seen so far rather than by 1."""
-    return averages[:-1] / averages[-1].clamp(min=1e-12)
+def detect(
+    logits, deltas, anchors, windows, min_score=0.05, nms_iou=0.5, candidates=5000, limit=100
+):
+    """Boxes of a batch: the best `candidates` of each image above min_score, decoded, clipped, NMS
+    within each class, the best `limit`.
 
-
-# ---- decoding ----------------------------------------------------------------------------------------------------
-
-def detect(logits, deltas, anchors, windows, min_score=0.05, nms_iou=0.5, candidates=5000, limit=100):
-    """Boxes of a batch: sigmoid, best `candidates` above min_score per image, decode, clip, per-class NMS, best `limit`.
-
-    logits (B, A, K); deltas (B, A, 4); anchors (A, 4); windows (B, 2) height, width to clip to (the unpadded part).
-    Returns a list of B dicts: boxes (n, 4), scores (n,), labels (n,), best first.
-    The original keeps 5000 candidates per class and torchvision 1000 per level; we keep 5000 per image.
+    logits (B, A, K); deltas (B, A, 4); windows (B, 2): height and width of the unpadded part, to
+    clip to -> B dicts: boxes (n, 4), scores (n,), labels (n,), best first. The original keeps 5000
+    candidates a class, torchvision 1000 a level; we keep 5000 an image.
     """
     B, A, K = logits.shape
     scores = logits.float().sigmoid().reshape(B, A * K)
-    top, entry = scores.topk(min(candidates, A * K), dim=1)  # (B, n)
-    image, rank = (top > min_score).nonzero(as_tuple=True)  # (C,) candidates of all images, image-major
-    top, entry = top[image, rank], entry[image, rank]
+    score, entry = scores.topk(min(candidates, A * K), dim=1)  # (B, n)
+    image, rank = (score > min_score).nonzero(as_tuple=True)  # (C,) of all images, image-major
+    score = score[image, rank]
+    entry = entry[image, rank]
     label = entry % K
     box = decode(deltas[image, entry // K].float(), anchors[entry // K])
     limits = windows[image].to(box.dtype)[:, [1, 0, 1, 0]]  # (C, 4) w, h, w, h
     box = torch.minimum(box.clamp(min=0), limits)
     solid = ((box[:, 2:] - box[:, :2]) > 1e-2).all(1)  # clipping can leave nothing of a box
-    box, top, label, image = box[solid], top[solid], label[solid], image[solid]
-    # One call for all images and classes; best first. It keeps them apart by shifting each to its own place, up to
-    # B*K image widths away: float32 would round the boxes there, and results would depend on who shares the batch.
-    keep = batched_nms(box.double(), top.double(), image * K + label, nms_iou)
-    out = []
+    box, score, label, image = box[solid], score[solid], label[solid], image[solid]
+    # One call for all images and classes; best first. It keeps them apart by shifting boxes, up to
+    # B*K image widths: float32 would round them there, and results depend on who shares the batch.
+    keep = batched_nms(box.double(), score.double(), image * K + label, nms_iou)
+    answers = []
     for i in range(B):
-        mine = keep[image[keep] == i][:limit]
-        out.append({"boxes": box[mine], "scores": top[mine], "labels": label[mine]})
-    return out
+        rows = keep[image[keep] == i][:limit]
+        answers.append({"boxes": box[rows], "scores": score[rows], "labels": label[rows]})
+    return answers

@@ -1,170 +1,342 @@
-"""Faster and Mask R-CNN on C4 (Ren et al. 2015, He et al. 2017): the detectors to which HPT (Reed et al., section 4) and MoCo
-transfer their backbones. st.py trains them like RetinaNet: teacher, pseudo-labels, student.
+"""Faster and Mask R-CNN on C4 (Ren et al. 2015, He et al. 2017): the detectors to which HPT (Reed
+et al., section 4) and MoCo transfer their backbones. st.py trains them like RetinaNet.
 
-    python st.py --model rcnn-c4                                                        the embedded world, recipe tiny-c4
-    torchrun --nproc_per_node 8 st.py --recipe voc-c4 --mode train --labeled 1 --init FILE --data coco --root VOC07+12
-    torchrun --nproc_per_node 8 st.py --recipe coco-c4 --mode train --labeled 1 --init FILE --data coco --root COCO   with masks
+    python st.py --recipe tiny-c4                                          the embedded world
+    torchrun --nproc_per_node 8 st.py --recipe voc-c4 --root VOC --init FILE ...
+    torchrun --nproc_per_node 8 st.py --recipe coco-c4 --root COCO --init FILE ...   with masks
 
-A ResNet up to C4 feeds the region proposals (RPN); each region's 14x14 crop of C4 goes through the network's own last stage
-(res5, halving it), one more batch norm, and a mean, to a class and a box; without the mean to a mask. Proposals, matching,
-sampling, losses and decoding are torchvision's detection modules, put together here. Settings: recipes.py's *-c4 rows.
+A ResNet up to C4 feeds the region proposals (RPN). Each region's 14x14 crop of C4 goes through the
+network's own last stage (res5, halving it), one more batch norm, and a mean, to a class and a box;
+without the mean to a mask. Proposals, matching, sampling, losses and decoding are torchvision's.
 
-Facts      [d2] detectron2's defaults, Base-RCNN-C4.yaml, Res5ROIHeads, FastRCNNOutputLayers, MaskRCNNConvUpsampleHead; [moco] its
-           detection folder: Res5ROIHeadsExtraNorm, Base-RCNN-C4-BN.yaml (all layers train). Read, not recalled.
-Differs    from [d2]: images are fitted to a fixed square canvas, as everywhere in this project, not to a shortest edge: with the
-           rows' sizes one of 4:3 is as large as there, one of 3:2 a tenth smaller; the padding is on top. Smooth L1 with
-           torchvision's beta 1/9 instead of L1. Regions are clipped to the canvas (boxes to the image, when decoding). No
-           PreciseBN: running averages score. No weight decay on biases; images without boxes are trained on; --dry-run's memory
-           leaves the mask branch out.
-Per image  an image's loss is what torchvision's modules say of it alone, and a step's loss their mean over the images of the
-           whole step: so it does not depend on how the step is spread, but for which anchors and regions are drawn (as with the
-           draws of stochastic depth) and what batch norm sees. A resumed run draws the same ones.
-Masks      are learnt from objects that have one: human-labelled ones, as pseudo-labels are boxes only. Scored next to the boxes.
-Left out   joint training, --compile (shapes vary from image to image), backbones without a res5 of their own.
+Facts      [d2] detectron2's defaults, Base-RCNN-C4.yaml, Res5ROIHeads, FastRCNNOutputLayers,
+           MaskRCNNConvUpsampleHead; [moco] its detection folder: Res5ROIHeadsExtraNorm,
+           Base-RCNN-C4-BN.yaml (all layers train). Read, not recalled.
+Differs    from [d2]: images are fitted to a square canvas, as everywhere here, not to a shortest
+           edge: with the recipes' sizes one of 4:3 is as large as there, one of 3:2 a tenth
+           smaller; the padding is on top. Smooth L1 with torchvision's beta 1/9 instead of L1.
+           Regions are clipped to the canvas (boxes to the image, when decoding). No PreciseBN:
+           running averages score. No weight decay on biases; images without boxes are trained on.
+Per image  an image's loss is what torchvision says of it alone, and a step's their mean over the
+           images of the whole step: so it does not depend on how the step is spread, but for which
+           anchors and regions are drawn (as with stochastic depth) and what batch norm sees. A
+           resumed run draws the same ones.
+Masks      are learnt from objects that have one: human labels, as pseudo-labels are boxes only.
+Left out   joint training, backbones without a res5 of their own.
 """
+
+import json
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, project_masks_on_boxes
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.models.detection import anchor_utils, faster_rcnn, roi_heads, rpn
 from torchvision.ops import roi_align
 
 import backbones
-import data
-import util
 
 STRIDE = 16
-RATIOS = (0.5, 1.0, 2.0)  # height / width [d2]
+RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors [d2]
+FIRST = 256  # number of an image's object 0 in its map of objects
+# fmt: off
+PROPOSALS = dict(  # of the RPN [d2]
+    fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
+    nms_thresh=0.7)
+REGIONS = dict(  # of the head [d2]; its box weights are torchvision's (10, 10, 5, 5)
+    fg_iou_thresh=0.5, bg_iou_thresh=0.5, positive_fraction=0.25, bbox_reg_weights=None,
+    score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
+# fmt: on
 
-
-def region_proposals(anchors, proposals, head=None):
-    """torchvision's RPN. anchors: sides in pixels; proposals: (before, after NMS) in training, (before, after) in use. Matching
-    at IoU 0.7 and 0.3, 256 anchors an image of which half are positive, NMS at 0.7 [d2]."""
-    before, after = ({"training": proposals[k], "testing": proposals[k + 2]} for k in (0, 1))
-    return RegionProposalNetwork(AnchorGenerator((tuple(anchors),), (RATIOS,)), head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class RCNN(nn.Module):
-    """images (B, 3, H, W), normalised, and for training boxes (B, M, 4), labels (B, M), -1 where padded -> a dict of
+    """images (B, 3, H, W), and for training boxes (B, M, 4), labels (B, M), -1 where padded -> dict
 
-    anchors (A, 4), objectness (B, A), deltas (B, A, 4)    what the RPN says of every anchor
-    regions (R, 4), image (R,)                             of all images, image by image; in training the sampled ones
-    logits (R, K + 1), boxes (R, 4 (K + 1))                class 0 is the background: class k of the data is k + 1 here
-    labels (R,), targets (R, 4), match (R,)                in training: what the regions should answer, and for which box
-    masks (P, m, m)                                        in training with masks: logits of the regions with a class, for that
-    feats (B, C, H/16, W/16)                               in use with masks: C4, from which decode makes those of what is found
+    anchors (A, 4), objectness (B, A), deltas (B, A, 4)  what the RPN says of every anchor
+    regions (R, 4), image (R,)                 of all images, image by image; in training sampled
+    logits (R, K + 1), boxes (R, 4 (K + 1))    class 0 is the background: class k is k + 1 here
+    labels (R,), targets (R, 4), match (R,)    in training: the truth, and of which box it is
+    masks (P, m, m)       in training with masks: logits of the P regions with a class, for that
+    feats (B, C, H/16, W/16)                   in use with masks: C4, which decode() needs
 
-    All float32, boxes xyxy in pixels. regions: how many are sampled in training, at most a quarter of them positive; crop: side
-    of a region's crop; norm: the extra one. res5 stays where it is, backbone.layer4: so one file fills both.
+    All float32, boxes xyxy in pixels. anchors: sides in pixels; regions: how many are sampled in
+    training, at most a quarter of them positive; crop: side of a region's crop; proposals: (before,
+    after NMS) in training, (before, after) in use; norm: of the extra one. res5 stays where it is,
+    backbone.layer4: so one file fills both.
     """
-    inputs = ("boxes", "labels")  # of a batch, besides the images: st.train hands them over
 
-    def __init__(self, backbone, classes, anchors, regions, crop, proposals, masks=False, norm="bn", backbone_norm="bn"):
+    inputs = ("boxes", "labels")
+
+    def __init__(
+        self,
+        backbone,
+        classes,
+        anchors,
+        regions,
+        crop,
+        proposals,
+        masks=False,
+        norm="bn",
+        backbone_norm="bn",
+    ):
         super().__init__()
         self.backbone = backbones.build(backbone, backbone_norm)
-        c4, c5 = self.backbone.channels[4], self.backbone.channels[5]
-        self.rpn = region_proposals(anchors, proposals, RPNHead(c4, len(anchors) * len(RATIOS)))
-        self.norm, self.crop, self.regions = backbones.make_norm(norm, c5), crop, regions
-        # positive from IoU 0.5, box weights (10, 10, 5, 5), NMS at 0.5, 100 detections [d2]; crop and res5 are done in forward
-        self.roi = RoIHeads(None, None, FastRCNNPredictor(c5, classes + 1), 0.5, 0.5, regions, 0.25, None, 0.05, 0.5, 100)
-        for layer, std in ((self.roi.box_predictor.cls_score, 0.01), (self.roi.box_predictor.bbox_pred, 0.001)):  # [d2]
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
-        self.masks = None
-        if masks:  # [d2]
-            self.masks = nn.Sequential(nn.ConvTranspose2d(c5, 256, 2, 2), nn.ReLU(), nn.Conv2d(256, classes, 1))
-            nn.init.kaiming_normal_(self.masks[0].weight, mode="fan_out", nonlinearity="relu")
-            nn.init.normal_(self.masks[2].weight, std=0.001)
-            nn.init.zeros_(self.masks[0].bias), nn.init.zeros_(self.masks[2].bias)
-
-    def head(self, feats, image, regions):
-        """Crops of C4 at the regions (R, 4) of the images (R,), through res5 and its norm -> (R, C5, crop/2, crop/2)."""
-        x = roi_align(feats, torch.cat([image[:, None].to(regions.dtype), regions], 1), self.crop, 1 / STRIDE, 0, aligned=True)
-        return self.norm(self.backbone.layer4(x.contiguous(memory_format=torch.channels_last)))
+        c4 = self.backbone.channels[4]
+        c5 = self.backbone.channels[5]
+        self.rpn = rpn.RegionProposalNetwork(
+            anchor_utils.AnchorGenerator((tuple(anchors),), (RATIOS,)),
+            rpn.RPNHead(c4, len(anchors) * len(RATIOS)),
+            pre_nms_top_n={"training": proposals[0], "testing": proposals[2]},
+            post_nms_top_n={"training": proposals[1], "testing": proposals[3]},
+            **PROPOSALS,
+        )
+        self.crop = crop
+        self.norm = backbones.make_norm(norm, c5)
+        predictor = faster_rcnn.FastRCNNPredictor(c5, classes + 1)
+        # without torchvision's crop and head, which crops() has
+        self.roi = roi_heads.RoIHeads(
+            None, None, predictor, batch_size_per_image=regions, **REGIONS
+        )
+        nn.init.normal_(predictor.cls_score.weight, std=0.01)  # [d2]
+        nn.init.zeros_(predictor.cls_score.bias)
+        nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(predictor.bbox_pred.bias)
+        self.masks = mask_head(c5, classes) if masks else None
 
     def forward(self, images, boxes=None, labels=None):
-        (B, _, H, W), rpn = images.shape, self.rpn
         feats = self.backbone(images, levels=(2, 3, 4))[4]  # (B, C, H/16, W/16)
-        objectness, deltas = concat_box_prediction_layers(*rpn.head([feats]))
-        objectness, deltas = objectness.float().view(B, -1), deltas.float().view(B, -1, 4)  # (B, A), (B, A, 4)
-        rpn.anchor_generator.set_cell_anchors(torch.float32, images.device)  # whatever precision the network runs in
-        anchors, = rpn.anchor_generator.grid_anchors([feats.shape[-2:]], [[STRIDE, STRIDE]])  # (A, 4)
-        out = {"anchors": anchors, "objectness": objectness, "deltas": deltas}
-        if images.is_meta:  # --dry-run counts memory by shapes, and which regions there are is no matter of shape
-            regions = [images.new_zeros(self.regions, 4)] * B
-        else:
-            found = rpn.box_coder.decode(deltas.detach().flatten(0, 1), [anchors] * B).view(B, -1, 4)
-            regions, _ = rpn.filter_proposals(found, objectness, [(H, W)] * B, [len(anchors)])
+        out, regions = self.propose(feats, images)
         if boxes is not None:
-            truth = [{"boxes": b[k >= 0], "labels": k[k >= 0] + 1} for b, k in zip(boxes, labels)]
-            regions, match, labels, targets = self.roi.select_training_samples(regions, truth)
-            out.update(labels=torch.cat(labels), targets=torch.cat(targets), match=torch.cat(match))
-        image = torch.cat([torch.full((len(r),), i, device=r.device) for i, r in enumerate(regions)])
-        regions = torch.cat(regions)
-        x = self.head(feats, image, regions)
-        if self.masks and "labels" in out:
-            some = out["labels"] > 0
-            out["masks"] = self.masks(x[some])[torch.arange(some.sum(), device=x.device), out["labels"][some] - 1].float()
+            regions, truth = self.sample(regions, boxes, labels)
+            out.update(truth)
+        numbers = [torch.full((len(r),), i, device=r.device) for i, r in enumerate(regions)]
+        out["image"] = torch.cat(numbers)
+        out["regions"] = torch.cat(regions)
+        x = self.crops(feats, out["image"], out["regions"])  # (R, C5, m, m)
+        if self.masks and boxes is not None:
+            positive = out["labels"] > 0
+            out["masks"] = self.masks_of(x[positive], out["labels"][positive] - 1).float()
         elif self.masks:
             out["feats"] = feats
-        logits, boxes = self.roi.box_predictor(x.mean((2, 3)))
-        return {**out, "regions": regions, "image": image, "logits": logits.float(), "boxes": boxes.float()}
+        logits, deltas = self.roi.box_predictor(x.mean((2, 3)))
+        out["logits"] = logits.float()
+        out["boxes"] = deltas.float()
+        return out
 
-    def decode(self, out, windows, min_score=0.05):
-        """What is found, from forward's outputs -> a list of dicts as from ops.detect. windows (B, 2): height and width of each
-        image on its canvas, to which boxes are clipped."""
-        self.roi.score_thresh = min_score
+    def propose(self, feats, images):
+        """-> {anchors, objectness, deltas}, the regions of each image."""
+        B, _, H, W = images.shape
+        levels = self.rpn.head([feats])  # of which there is one
+        objectness, deltas = rpn.concat_box_prediction_layers(*levels)
+        objectness = objectness.float().view(B, -1)  # (B, A)
+        deltas = deltas.float().view(B, -1, 4)  # (B, A, 4)
+        generator = self.rpn.anchor_generator
+        generator.set_cell_anchors(torch.float32, images.device)  # whatever the network runs in
+        (anchors,) = generator.grid_anchors([feats.shape[-2:]], [[STRIDE, STRIDE]])  # (A, 4)
+        boxes = self.rpn.box_coder.decode(deltas.detach().flatten(0, 1), [anchors] * B)
+        boxes = boxes.view(B, -1, 4)  # (B, A, 4)
+        regions, _ = self.rpn.filter_proposals(boxes, objectness, [(H, W)] * B, [len(anchors)])
+        return {"anchors": anchors, "objectness": objectness, "deltas": deltas}, regions
+
+    def sample(self, regions, boxes, labels):
+        """-> the regions that are trained on, of each image; {labels, targets, match} of them."""
+        truth = []
+        for b, k in zip(boxes, labels):
+            truth.append({"boxes": b[k >= 0], "labels": k[k >= 0] + 1})
+        regions, match, labels, targets = self.roi.select_training_samples(regions, truth)
+        rows = {"labels": labels, "targets": targets, "match": match}
+        return regions, {name: torch.cat(value) for name, value in rows.items()}
+
+    def crops(self, feats, image, regions):
+        """C4 at the regions (R, 4) of the images (R,), through res5 and its norm -> (R, C5, m, m),
+        m = crop / 2."""
+        places = torch.cat([image[:, None].to(regions.dtype), regions], 1)  # (R, 5)
+        x = roi_align(feats, places, self.crop, 1 / STRIDE, 0, aligned=True)
+        return self.norm(self.backbone.layer4(x.contiguous(memory_format=torch.channels_last)))
+
+    def masks_of(self, x, labels):
+        """Logits of the masks of crops (R, C5, m, m) for their classes (R,) -> (R, 2m, 2m)."""
+        return self.masks(x)[torch.arange(len(x), device=x.device), labels]
+
+    def answers(self, images, windows, floor, limit=100):
+        """Boxes that score above `floor`, the best `limit`, as of ops.detect; with masks also
+        "masks" (n, m, m), probabilities inside each box. windows (B, 2): height and width of the
+        unpadded part."""
+        out = self(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.decode(out, windows, floor, limit)
+
+    def decode(self, out, windows, floor, limit=100):
+        self.roi.score_thresh = floor
+        self.roi.detections_per_img = limit
         counts = torch.bincount(out["image"], minlength=len(windows)).tolist()
-        found = self.roi.postprocess_detections(out["logits"], out["boxes"], list(out["regions"].split(counts)), windows.tolist())
-        found = [{"boxes": b, "scores": s, "labels": k - 1} for b, s, k in zip(*found)]
-        feats = out["feats"].float() if self.masks else None  # whatever precision it came in
-        for i, d in enumerate(found if self.masks else ()):
-            x = self.head(feats, torch.full_like(d["labels"], i), d["boxes"])
-            d["masks"] = self.masks(x)[torch.arange(len(x), device=x.device), d["labels"]].sigmoid()  # (n, m, m)
-        return found
+        regions = list(out["regions"].split(counts))
+        sizes = windows.tolist()
+        rows = self.roi.postprocess_detections(out["logits"], out["boxes"], regions, sizes)
+        answers = []
+        for i, (boxes, scores, labels) in enumerate(zip(*rows)):
+            answer = {"boxes": boxes, "scores": scores, "labels": labels - 1}
+            if self.masks:
+                image = torch.full_like(labels, i)
+                x = self.crops(out["feats"].float(), image, boxes)  # whatever precision it came in
+                answer["masks"] = self.masks_of(x, answer["labels"]).sigmoid()
+            answers.append(answer)
+        return answers
 
 
-def network(c, classes, norm, backbone_norm):
-    sizes = [c[k] for k in ("anchors", "regions", "crop", "proposals", "instances")]
-    return RCNN(c["backbone"], classes, *sizes, norm, backbone_norm)
+def mask_head(channels, classes):  # [d2]
+    head = nn.Sequential(
+        nn.ConvTranspose2d(channels, 256, 2, 2), nn.ReLU(), nn.Conv2d(256, classes, 1)
+    )
+    nn.init.kaiming_normal_(head[0].weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(head[2].weight, std=0.001)
+    nn.init.zeros_(head[0].bias)
+    nn.init.zeros_(head[2].bias)
+    return head
 
 
-def criterion(c, device):
-    """As detect.criterion -> prepare, losses; normalised by the number of images."""
-    rpn = region_proposals(c["anchors"], c["proposals"])
-
-    def prepare(batch):
-        images = (batch["part"][:, None] == torch.arange(len(data.PARTS), device=device)).sum(0)  # (3,)
-        return {k: batch[k] for k in ("boxes", "labels", "number", "numbers") if k in batch}, util.all_sum(images)
-    return prepare, lambda *args: losses_of(*args, rpn)
+# ---- losses --------------------------------------------------------------------------------------
 
 
-def losses_of(out, targets, part, images, rpn):
-    """Class and box loss of each image (B, 2): the RPN's plus the regions', in the second also the masks'; divided by the images
-    of its part in the whole step. out: RCNN's; targets: {"boxes" (B, M, 4), "labels" (B, M)}, masks.collate's; images (3,)."""
+def targets(batch, net):
+    """Targets {"boxes" (B, M, 4), "labels" (B, M)}, and collate()'s where there are masks; count:
+    1 for each image."""
+    names = [name for name in ("boxes", "labels", "number", "numbers") if name in batch]
+    count = torch.ones(len(batch["labels"]), device=batch["labels"].device)
+    return {name: batch[name] for name in names}, count
+
+
+def losses(outputs, targets, count, net):
+    """Class and box loss (B, 2): the RPN's plus the regions', in the second also the masks'."""
     rows = []
-    for i, (boxes, labels) in enumerate(zip(targets["boxes"], targets["labels"])):
-        positive, matched = rpn.assign_targets_to_anchors([out["anchors"]], [{"boxes": boxes[labels >= 0]}])
-        wanted, mine = rpn.box_coder.encode(matched, [out["anchors"]]), out["image"] == i
-        first = rpn.compute_loss(out["objectness"][i], out["deltas"][i], positive, wanted)
-        second = fastrcnn_loss(*(out[k][mine] for k in ("logits", "boxes")), *([out[k][mine]] for k in ("labels", "targets")))
-        rows.append(torch.stack(first) + torch.stack(second))
-        if "masks" in out:
-            third = mask_loss(out, mine, targets["number"][i][labels >= 0], targets["numbers"][i])
-            rows[-1] = rows[-1] + torch.stack([torch.zeros_like(third), third])
-    return torch.stack(rows) / images[part][:, None]
+    for i, labels in enumerate(targets["labels"]):
+        boxes = targets["boxes"][i][labels >= 0]
+        of_image = outputs["image"] == i  # (R,)
+        terms = anchor_loss(outputs, i, boxes, net.rpn) + region_loss(outputs, of_image)
+        if "masks" in outputs:
+            number = targets["number"][i][labels >= 0]
+            loss = mask_loss(outputs, of_image, number, targets["numbers"][i])
+            terms = terms + torch.stack([torch.zeros_like(loss), loss])
+        rows.append(terms)
+    return torch.stack(rows) / count[:, None]
 
 
-def mask_loss(out, mine, number, numbers):
-    """Mean cross-entropy over the masks of an image's regions, 0 if none has one. mine (R,): which regions are its; number (M,),
-    numbers (H, W): masks.collate's."""
-    some = mine & (out["labels"] > 0)
-    match, logits = out["match"][some], out["masks"][mine[out["labels"] > 0]]  # (P,), (P, m, m)
+def anchor_loss(outputs, i, boxes, net):
+    """Of image i: is there an object, and where (2,)."""
+    anchors = [outputs["anchors"]]
+    positive, matched = net.assign_targets_to_anchors(anchors, [{"boxes": boxes}])
+    deltas = net.box_coder.encode(matched, anchors)
+    terms = net.compute_loss(outputs["objectness"][i], outputs["deltas"][i], positive, deltas)
+    return torch.stack(terms)
+
+
+def region_loss(outputs, of_image):
+    """Of an image's regions, those of_image (R,): which class, and where (2,)."""
+    labels = [outputs["labels"][of_image]]
+    targets = [outputs["targets"][of_image]]
+    logits = outputs["logits"][of_image]
+    deltas = outputs["boxes"][of_image]
+    return torch.stack(roi_heads.fastrcnn_loss(logits, deltas, labels, targets))
+
+
+def mask_loss(outputs, of_image, number, numbers):
+    """Mean cross-entropy over the masks of an image's regions, those of_image (R,); 0 if none has
+    one. number (M,), numbers (H, W): of collate()."""
+    positive = outputs["labels"] > 0
+    logits = outputs["masks"][of_image[positive]]  # (P, m, m)
+    regions = outputs["regions"][of_image & positive]
+    match = outputs["match"][of_image & positive]  # (P,)
     if not len(match):
         return logits.sum()
     known = (number >= 0)[match]
-    wanted = project_masks_on_boxes(numbers == number[:, None, None], out["regions"][some], match, logits.shape[-1])  # (P, m, m)
-    each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((1, 2))  # (P,)
-    return (each * known).sum() / known.sum().clamp(min=1)
+    seen = numbers == number[:, None, None]  # (M, H, W)
+    truth = roi_heads.project_masks_on_boxes(seen, regions, match, logits.shape[-1])
+    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((1, 2))
+    return (loss * known).sum() / known.sum().clamp(min=1)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+# From COCO's files, through the augmentation as one map of objects, back to COCO's RLE. A map holds
+# FIRST + k where object k of the image is seen, 0 where none is, 255 outside of the image: one
+# picture for all objects moves like any segmentation mask.
+
+
+def usable(segmentation, size):
+    """Whether a segmentation can be drawn: polygons of three points or more, or RLE of an image of
+    that size (h, w)."""
+    if isinstance(segmentation, dict):
+        same = list(segmentation.get("size", ())) == list(size)
+        return "counts" in segmentation and same
+    if not isinstance(segmentation, list) or not segmentation:
+        return False
+    polygons = all(isinstance(p, list) for p in segmentation)
+    return polygons and all(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+
+
+def pack(segmentations, sizes):
+    """COCO's segmentations (None, [] or [[]] where there is none) of images of those sizes (n, 2),
+    as json texts one after another, (bytes,) uint8, and where each is, (n, 2): flat arrays, which
+    workers share. ValueError for one that cannot be drawn."""
+    texts = []
+    for segmentation, size in zip(segmentations, sizes):
+        if not segmentation or segmentation == [[]]:
+            texts.append(b"")
+            continue
+        text = json.dumps(segmentation)
+        if not usable(segmentation, size):
+            raise ValueError(
+                f"segmentation {text[:60]} is neither polygons of three points or more nor RLE of "
+                f"its image, {size[0]} high and {size[1]} wide"
+            )
+        texts.append(text.encode())
+    ends = np.cumsum([0, *map(len, texts)])
+    return np.frombuffer(b"".join(texts), np.uint8), np.stack([ends[:-1], ends[1:]], 1)
+
+
+def draw(texts, places, crowd, size):
+    """The map (h, w) int32 of an image's objects but those of a crowd or without a segmentation.
+    What two objects claim goes to the smaller."""
+    objects = []
+    for k, (begin, end) in enumerate(places):
+        if begin == end or crowd[k]:
+            continue
+        rle = json.loads(texts[begin:end].tobytes())
+        if isinstance(rle, list) or isinstance(rle["counts"], list):  # not compressed yet
+            rle = coco_mask.frPyObjects(rle, *size)
+        if isinstance(rle, list):
+            rle = coco_mask.merge(rle)
+        objects.append((k, coco_mask.decode(rle).astype(bool)))
+    numbers = np.zeros(size, np.int32)
+    for k, seen in sorted(objects, key=lambda row: -row[1].sum()):
+        numbers[seen] = FIRST + k
+    return numbers
+
+
+def collate(targets, size):
+    """-> {"numbers" (B, S, S) int32: the maps; "number" (B, M): each box's number in its map, -1
+    where padded or without a mask}."""
+    M = max(len(t["boxes"]) for t in targets)
+    number = np.full((len(targets), M), -1, np.int64)
+    numbers = np.zeros((len(targets), *size), np.int32)
+    for i, t in enumerate(targets):
+        if "number" in t:
+            numbers[i] = t["mask"]
+            seen = np.isin(t["number"], t["mask"])
+            number[i, : len(seen)] = np.where(seen, t["number"], -1)
+    return {"number": torch.from_numpy(number), "numbers": torch.from_numpy(numbers)}
+
+
+def encode(masks, boxes, size):
+    """Masks (n, m, m), probabilities inside their boxes (n, 4), as COCO's RLE in an image of that
+    size (h, w)."""
+    masks = torch.as_tensor(masks)
+    boxes = torch.as_tensor(boxes)
+    rles = []
+    for i in range(len(masks)):  # all at once would be gigabytes
+        mask = masks[i : i + 1, None]  # (1, 1, m, m)
+        seen = roi_heads.paste_masks_in_image(mask, boxes[i : i + 1], size)[0, 0] > 0.5  # (h, w)
+        rles.append(coco_mask.encode(np.asfortranarray(seen.numpy().astype(np.uint8))))
+    return rles

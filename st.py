@@ -1,531 +1,514 @@
-"""Self-training for object detection and segmentation: teacher -> pseudo-labels -> student (Zoph et al. 2020, "Rethinking
-Pre-training and Self-training").
+"""Self-training (Zoph et al. 2020, "Rethinking Pre-training and Self-training", arXiv 2006.06882):
+a teacher learns from labelled images and answers on unlabelled ones; a student learns from both.
 
-    python st.py                                                    the embedded world, a few minutes on two cores
-    python st.py --task seg                                         the same for segmentation (cls: classification)
-    python st.py --model rcnn-c4                                    the same with Faster R-CNN, HPT's detector (rcnn.py)
-    torchrun --nproc_per_node 8 st.py --data coco --root COCO --labeled 0.2 --aug s4 --recipe coco-r50
-    python st.py --mode pseudo --ckpt runs/x/student --unlabeled DIR --out labels     label a folder for use elsewhere
-    python st.py --mode pseudo --ckpt retinanet_resnet50_fpn_coco-eeacb38b.pth ...    with torchvision's COCO detector
-    python st.py --mode eval   --ckpt runs/x/student --data coco --root COCO          score a checkpoint
+    python st.py                                    the embedded world, some minutes on two cores
+    python st.py --recipe seg-tiny                  the same for segmentation (cls-tiny: classes)
+    torchrun --nproc_per_node 8 st.py --recipe coco-r50 --root COCO --labeled 0.2 --aug s4
+    python st.py --teacher runs/x/teacher --pseudo runs/x/pseudo --alpha 2 --out runs/y
 
-1. train a teacher on the labelled images          -> OUT/teacher/
-2. keep its confident answers on unlabelled images -> OUT/pseudo/pseudo.json (COCO with scores; masks; classes)
-3. train a student on both, with the joint loss    -> OUT/student/
-and score both on the validation set               -> OUT/results.json, OUT/report.html
-Running the same command again resumes where it stopped, bit for bit on CPU. What differs between the tasks is in detect.py,
-segment.py and classify.py, function by function.
+OUT/teacher/, OUT/pseudo/ (its answers), OUT/student/ and OUT/control/ are stages: the same command
+resumes them, bit for bit on CPU. Scores: OUT/results.json. Pictures: python -m tools.show run OUT.
 """
-import contextlib
-import hashlib
-import json
+
+import dataclasses
 import math
-import os
-import signal
+import shlex
 import sys
-import time
-from dataclasses import asdict, replace
+from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
+import answers
 import backbones
-import classify
 import data
-import detect
-import eval as evaluation
+import eval
 import models
 import ops
+import rcnn
 import recipes
-import runs
-import segment
-import show
 import util
-import voc
-from recipes import HELP, Config
-from util import UserError
+from util import flag, need
+
+# A row is a task, a column a verb; each function stands in the file it is named after.
+Task = namedtuple("Task", "load targets losses terms answers score metrics root")
+# fmt: off
+TASKS = {
+    "det": Task(
+        data.coco, ops.match_anchors, ops.box_losses, ("cls", "box"),
+        answers.boxes, eval.ap, ("AP", "AP50", "AP75", "AR100"), "datasets/shapes/det"),
+    "rcnn": Task(
+        data.coco, rcnn.targets, rcnn.losses, ("cls", "box"),
+        answers.boxes, eval.ap, ("AP", "AP50", "AP75", "AR100"), "datasets/shapes/det"),
+    "seg": Task(
+        data.voc, ops.pixel_targets, ops.pixel_losses, ("ce",),
+        answers.masks, eval.mean_iou, ("mIoU", "accuracy"), "datasets/shapes/seg"),
+    "cls": Task(
+        data.folder, ops.class_targets, ops.class_losses, ("ce",),
+        answers.classes, eval.accuracy, ("accuracy", "balanced"), "datasets/shapes/single"),
+}
+# fmt: on
 
 
-TASKS = {"det": detect, "seg": segment, "cls": classify}
+# ---- the method ----------------------------------------------------------------------------------
 
 
-# ---- the algorithm -----------------------------------------------------------------------------------------------
+def self_train(plan, c, proc):
+    """Teacher -> pseudo-labels -> student, plan.rounds times -> {stage: scores}."""
+    out = Path(plan.out)
+    human, held_out, unlabelled, classified, val = load(plan, c, proc)
+    labelled = {"human": (human, c.batch)}  # {part: (Images, how many of them in a step)}
+    if classified:
+        labelled["classified"] = (classified, c.batch)
+    results = {}
 
-def lr_at(step, steps, peak, warmup, warmup_from=0.01, drops=()):
-    """Linear warm-up from that share of the peak, then a cosine to 0 (TPU code, modeling/learning_rates.py), or a tenth
-    from each of the `drops` (shares of all steps) on."""
-    if step < warmup:
-        return peak * (warmup_from + (1 - warmup_from) * step / warmup)
-    if drops:
-        return peak * 0.1 ** sum(step >= round(d * steps) for d in drops)
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    # 1. A teacher, from human labels alone.
+    teacher = control = out / "teacher"
+    if plan.teacher:
+        teacher = control = given_teacher(plan.teacher, c, human)
+    else:
+        results["teacher"] = train(teacher, c, proc, labelled, c.steps, None, val)
+    if plan.until == "teacher":
+        return results
+
+    # The student is noised like the teacher or more, and sees as many pseudo-labels as labels.
+    c_student = dataclasses.replace(c, aug=c.student_aug)
+    n = recipes.student_batch(c)
+    more = {"classified": (classified, n)} if classified else {}
+    for k in range(plan.rounds):
+        suffix = str(k + 1) if k else ""
+
+        # 2. Its answers on unlabelled images, without noise; those it is sure of are pseudo-labels.
+        #    A pseudo-label is a target dict like a person's, only that it has scores below 1.
+        store = out / f"pseudo{suffix}"
+        if plan.pseudo:
+            store = Path(plan.pseudo)
+        else:
+            label(store, c, proc, teacher, unlabelled, held_out)
+        if plan.until == "labels":
+            return results
+        pseudo, results[f"pseudo{suffix}"] = confident(store, c, human, proc)
+
+        # 3. A student, from both, that starts where its teacher ended.
+        student = out / f"student{suffix}"
+        parts = {"human": (human, n), "pseudo": (pseudo, n), **more}
+        start = teacher if c.student_init == "teacher" else None
+        results[student.name] = train(student, c_student, proc, parts, c.student_steps, start, val)
+
+        # 4. The control: the student's start, steps and images a step, but no pseudo-label ever.
+        #    student - teacher is longer training; only student - control is self-training.
+        if plan.control:
+            start = control if c.student_init == "teacher" else None
+            control = out / f"control{suffix}"
+            parts = {"human": (human, 2 * n), **more}
+            results[control.name] = train(
+                control, c_student, proc, parts, c.student_steps, start, val
+            )
+        teacher = student
+    return results
 
 
-def stage_seed(seed, stage):
-    """Every stage draws its own images and augmentations. If the student saw its teacher's draws again, its human half
-    would teach it less than the control's fresh ones do."""
-    return seed if stage == "teacher" else int(runs.digest([seed, stage]), 16) % 2 ** 31
+def train(folder, c, proc, parts, steps, start, val):
+    """A stage: `steps` steps on parts {name: (Images, how many of them in a step)} -> scores on
+    val. start: folder of the stage whose weights it starts from, or None. The same call resumes,
+    or refuses if it would be another stage."""
+    inputs = recipes.training_inputs(c, parts, steps, start, val, proc.dtype)
+    if result := proc.first(lambda: util.finished(folder, inputs)):
+        return result
+    net, about = network(folder, c, proc, parts, start)
+    say_plan(folder, net, c, proc, parts, steps)
+    notes, seconds = fit(net, folder, about, c, proc, parts, steps, val)
+    metrics = score(net, c, val, proc, steps, notes)
+    result = {**metrics, **notes, "seconds": round(seconds, 1)}
+    result["weights"] = util.digest_weights(net.state_dict())
+    shown = " ".join(f"{name} {metrics[name]:.3f}" for name in TASKS[c.task].metrics[:2])
+    proc.log.say(f"{folder}: {shown} on {len(val)} validation images ({seconds:.0f} s)")
+    return proc.first(lambda: util.finish(folder, inputs, result))
 
 
-def train(folder, net, parts, counts, steps, c, val, run, log):
-    """Trains net for `steps` steps, resuming from the newest checkpoint in `folder` and leaving its own there.
-
-    parts: data sets in the order of data.PARTS; counts: images of each in a step, over all processes, 0 for those not used.
-    -> scores on val on the way, every c["eval_every"] steps but the last: [[step, metric], ...]; when it would have begun had
-    it never been interrupted.
-    """
-    (rank, ranks, device, dtype), task = run, TASKS[c["task"]]
-    prepare, losses = task.criterion(c, device)
-    used, names = [k for k, count in enumerate(counts) if count], task.TERMS + ["class"] * (len(counts) > 2)
-    if joint := len(counts) > 2:
-        prepare, losses = classify.joined(prepare, losses)
-    inputs = ("part",) if joint else getattr(net, "inputs", ())  # of a batch, that the network needs besides the images
-    optimizer, averages, start, curve, began = make_optimizer(net, c), torch.zeros(len(used) + 1).double(), 0, [], time.time()
-    if state := runs.load_latest(folder):
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages, start, curve, began = state["averages"], state["step"], state.get("curve", []), began - state.get("spent", 0)
-    ddp, seed = distribute(models.Joint(net) if joint else net, device, ranks), stage_seed(c["seed"], Path(folder).name)
-    forward = compiled(ddp, device) if c["compile"] else ddp
-    loader = data.train_loader(parts, counts, start, steps, c["accumulate"], rank, ranks, c["aug"], c["image_size"], seed,
-                               c["workers"])
-    stop, meter, quarantine = runs.Stop(), Meter(log, Path(folder).name, start, steps, sum(counts), names), set()
+def fit(net, folder, about, c, proc, parts, steps, val):
+    """The training loop -> notes of the checkpoint (the curve of scores), seconds."""
+    task = TASKS[c.task]
+    model, targets_of, losses_of = net, task.targets, task.losses
+    if "classified" in parts:  # joint training: one more part, with a head of its own
+        model = models.Joint(net)
+        targets_of, losses_of = models.joined(task.targets, task.losses)
+    inputs = model.inputs  # what it wants besides the images
+    P = len(parts)
+    joint = ops.JointLoss(P, c.alpha, c.loss_norm == "on").to(proc.device)
+    optimizer = make_optimizer(net, c)
+    ckpt = util.Checkpoint(folder, proc, about, model=net, optimizer=optimizer, joint=joint)
+    model = proc.wrap(model)  # DDP, synchronised batch norm
+    seed = stage_seed(c.seed, folder)
+    todo = range(ckpt.step, steps)
+    images_a_step = sum(count for _, count in parts.values())
+    batches = data.batches(parts, todo, c.aug, c.image_size, seed, proc)
+    meter = util.Meter(proc.log, folder.name, ckpt.step, steps, images_a_step)
     net.train()
-    for step, batch in zip(range(start, steps), meter.timed(loader)):
-        if step == 0 and rank == 0:
-            show.batch_sheet(batch, parts[0].class_names, Path(folder) / "first_batch.png")
-        runs.note_bad(folder, batch["bad"], quarantine)
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)  # for stochastic depth
-        lr = lr_at(step, steps, scaled_lr(c), min(c["warmup"], steps // 10), c["warmup_from"], c["drops"])
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        targets, normaliser = prepare(batch)  # {name: (B, ...)}, (3,) what the losses of each part are divided by
-        per_image, objective = [], torch.zeros((), device=device)
-        for k, rows in enumerate(torch.arange(len(batch["part"]), device=device).chunk(c["accumulate"])):
-            part = batch["part"][rows]
-            with ddp.no_sync() if ranks > 1 and k < c["accumulate"] - 1 else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    outputs = forward(evaluation.normalise(batch["images"][rows], device), *[batch[k][rows] for k in inputs])
-                each = losses(outputs, {name: v[rows] for name, v in targets.items()}, part, normaliser)  # (B, terms)
-                loss = combined([each[part == k].sum() for k in used], averages, c, joint)
-                (loss * ranks).backward()  # DDP averages gradients, but the loss is already a sum over processes
-            per_image.append(each.detach())
-            objective += loss.detach()
-        per_image = torch.cat(per_image)
-        total = torch.zeros(len(data.PARTS), len(names), device=device).index_add(0, batch["part"], per_image)[used].flatten()
-        notes = torch.tensor([float(stop.asked), float(len(quarantine))], device=device)
-        total = util.all_sum(torch.cat([total, objective[None], notes]))
-        *terms, objective, stopping, unusable = total.tolist()  # waits for the device
-        if not math.isfinite(sum(terms)):
-            runs.fail_nonfinite(folder, step, batch, per_image, rank)
-        terms = [terms[i:i + len(names)] for i in range(0, len(terms), len(names))]  # of each used part
-        unusable /= ranks  # each process meets most of them sooner or later
-        if unusable > max(20, sum(map(len, parts)) // 100):
-            raise UserError(f"{math.ceil(unusable)} unusable images (limit: 1%, at least 20), listed in {folder}/quarantine.txt; "
-                            f"run {task.CHECK} on the data")
-        if c["clip"]:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), c["clip"])
+    for step, batch in zip(todo, meter.timed(batches)):
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + proc.rank)  # for stochastic depth
+        part = batch["part"]  # (B,) where each image is from
+        targets, count = targets_of(batch, net)  # {name: (B, ...)}, (B,) anchors | pixels | images
+        # What the loss of an image is divided by: the count of its part in the whole step, so that
+        # the pieces of a step, and the processes, add up to one loss.
+        count = proc.sum(ops.per_part(count, part, P))[part]  # (B,)
+        terms = torch.zeros(len(part), len(task.terms), device=proc.device)  # (B, T)
+        for k in range(c.accumulate):
+            rows = slice(k, None, c.accumulate)  # every piece holds the same mixture of parts
+            wanted = {name: target[rows] for name, target in targets.items()}
+            with proc.no_sync(model, last=k == c.accumulate - 1):
+                with proc.autocast():
+                    pixels = backbones.normalise(batch["images"][rows])
+                    outputs = model(pixels, *[wanted[name] for name in inputs])
+                losses = losses_of(outputs, wanted, count[rows], net)  # (b, T) float32
+                of_parts = ops.per_part(losses, part[rows], P).sum(1)  # (P,) L_h, L_p
+                loss = joint(of_parts)  # App. B: (L_h + alpha avg L_h / avg L_p L_p) / (1 + alpha)
+                (loss * proc.world).backward()  # DDP averages gradients; these already add up
+            terms[rows] = losses.detach()
+        losses = proc.sum(ops.per_part(terms, part, P))  # (P, T) of the whole step
+        util.assert_finite(losses, terms, batch, folder, step)
+        if c.clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), c.clip)
+        lr = lr_at(step, steps, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if all(map(sum, terms)):  # a part without a single label says nothing about its usual loss
-            averages = ops.update_averages(averages, torch.tensor([sum(some) for some in terms]))
-        meter.step(step + 1, lr, objective, dict(zip([data.PARTS[k] for k in used], terms)), averages)
-        if c["eval_every"] and (step + 1) % c["eval_every"] == 0 and step + 1 < steps:
-            share_buffers(net, ranks)
-            curve.append([step + 1, task.evaluate(net, c, val, run, log)[task.METRICS[0]]])
+        joint.update(losses.double().sum(1).float())  # the averages that the next step goes by
+        if meter.due(step + 1):
+            meter.line(step + 1, **readings(losses, joint, parts, task), lr=lr)
+        if c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < steps:
+            score(net, c, val, proc, step + 1, ckpt.notes)
             net.train()
-        last = step + 1 == steps or stopping
-        if rank == 0 and (last or (step + 1) % (c["save_every"] or max(1, steps // 10)) == 0):
-            runs.save_checkpoint(folder, {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages, "curve": curve,
-                "spent": time.time() - began, "step": step + 1, "samples": (step + 1) * sum(counts), "config": c,
-                "role": Path(folder).name, "class_ids": parts[0].class_ids, "class_names": parts[0].class_names,
-                **task.about(parts[0])})
-        if stopping:
-            log.say(f"SIGTERM: saved {folder} at step {step + 1}; the same command resumes")
-            raise SystemExit(143)
-    share_buffers(net, ranks)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return curve, began
+        ckpt.step_done(steps)  # saves now and then; after SIGTERM saves and exits 143
+    return ckpt.notes, ckpt.seconds()
 
 
-def combined(sums, averages, c, joint):
-    """Loss of a step from the sums of its used parts. Classification joins, in equal parts, what human and pseudo-labels make:
-    so it weighs the same with and without pseudo-labels, in student and control (how the paper does both is unknown)."""
-    n, normalise = len(sums) - joint, c["loss_norm"] == "on"
-    loss = ops.joint_loss(sums[:n], averages[[*range(n), -1]], c["alpha"], normalise)
-    return ops.joint_loss([loss, sums[-1]], averages[[0, -2, -1]], 1.0, normalise) if joint else loss
+def label(folder, c, proc, teacher, images, held_out):
+    """A stage: the teacher's answers on `images`, without noise, into a store (data.Answers). All
+    above a low floor are kept, so another threshold costs no new pass. The same call resumes."""
+    net, about = restore(teacher, proc)
+    how = recipes.answering(c)
+    inputs = {**how, **recipes.labelling_inputs(c, net, images, held_out, proc.dtype)}
+    if proc.first(lambda: util.finished(folder, inputs)):
+        return
+    result = {"images": len(images), "classes": about["class_names"]}
+    if c.threshold == "auto":
+        result["threshold"], result["held_out"] = answers.best_f1(net, held_out, c.image_size, proc)
+        need(
+            result["threshold"],
+            f"{teacher} finds none of the objects of {len(held_out)} held-out images: there is no "
+            "threshold to choose. Train it longer, or raise --labeled",
+        )
+    store = answers.Answers(folder, images, proc)
+    meter = util.Meter(proc.log, folder.name, 0, len(store.missing), proc.world)
+    found = TASKS[c.task].answers(net, images, store.missing, c.image_size, proc, **how)
+    for n, (i, answer) in enumerate(found, 1):
+        store.add(i, answer)
+        if n % 200 == 0:
+            meter.line(n)
+    proc.gather(None)  # wait until all processes are done
+    proc.first(lambda: util.finish(folder, inputs, result))
 
 
-# ---- what the algorithm is made of -------------------------------------------------------------------------------
+def confident(folder, c, human, proc):
+    """The answers in a store over the threshold, as labelled Images, and what they look like."""
+    record = util.read_stage(folder).get("result", {})
+    same = record.get("classes") == human.class_names
+    need(same, f"{folder} is no finished store of answers with the classes of the labelled images")
+    threshold = record.get("threshold") if c.threshold == "auto" else float(c.threshold)
+    need(threshold is not None, f"{folder} has no threshold chosen by auto; give --threshold")
+    pseudo = answers.confident(folder, threshold, human)
+    account = {"threshold": threshold, **answers.audit(pseudo, human, record["images"])}
+    proc.log.say(
+        f"{folder}: threshold {threshold:g} keeps labels on {len(pseudo)} of "
+        f"{record['images']} images, the others are left out"
+    )
+    usual = answers.shares(human)
+    for name, share in sorted(account["share"].items(), key=lambda row: -row[1])[:20]:
+        proc.log.say(f"  {share:6.1%} {name} (of human labels {usual[name]:.1%})")
+    return pseudo, account
 
-def build(c, classes):
-    """The network of settings c, on the CPU, weights drawn from c["seed"]. A backbone that starts from given weights
-    stays trainable, batch norm included, as in the paper."""
-    torch.manual_seed(c["seed"])
-    norm, backbone_norm = {"frozen": ("bn", "frozen"), "torchvision": ("none", "frozen")}.get(c["norm"], (c["norm"], c["norm"]))
-    net = TASKS[c["task"]].network(c, classes, norm, backbone_norm)
-    if "joint_classes" in c:
-        net.joint = torch.nn.Linear(net.backbone.channels[5], c["joint_classes"])
-    for name, module in net.named_modules():  # EfficientNet keeps its own momentum, as in the TPU code
-        if isinstance(module, torch.nn.BatchNorm2d) and not (name.startswith("backbone.") and "efficientnet" in c["backbone"]):
-            module.momentum = c["momentum"]
-    if c["gradient_checkpointing"]:
-        backbones.recompute(net, (*backbones.BLOCKS, models.Tower))
+
+def lr_at(step, steps, c):
+    """The learning rate of a step: a pure function, so a resumed run has no schedule to restore."""
+    peak = recipes.scaled_lr(c)
+    warmup = min(c.warmup, steps // 10)
+    if step < warmup:  # 1) linear warm-up
+        return peak * (c.warmup_from + (1 - c.warmup_from) * step / warmup)
+    if c.drops:  # 2) a tenth from each of the drops on
+        return peak * 0.1 ** sum(step >= round(drop * steps) for drop in c.drops)
+    progress = (step - warmup) / max(steps - warmup, 1)  # 3) a cosine to 0
+    return 0.5 * peak * (1 + math.cos(math.pi * progress))
+
+
+# ---- what the method is made of ------------------------------------------------------------------
+
+
+def stage_seed(seed, folder):
+    """Every stage draws its own images and augmentations. If a student saw its teacher's draws
+    again, its human half would teach it less than the control's fresh ones do."""
+    if folder.name == "teacher":
+        return seed
+    return int(util.digest([seed, folder.name]), 16) % 2**31
+
+
+def build(c, classes, joint_classes=0):
+    """The network of method c, on the CPU, weights drawn from c.seed. A backbone that starts from
+    given weights stays trainable, batch norm included, as in the paper."""
+    torch.manual_seed(c.seed)
+    norm, backbone_norm = c.norm, c.norm
+    if c.norm == "frozen":
+        norm = "bn"
+    norms = {"norm": norm, "backbone_norm": backbone_norm}
+    if c.task == "det":
+        head = (c.levels, c.width, c.depth, c.anchor_base)
+        net = models.RetinaNet(c.backbone, classes, c.image_size, *head, **norms, act=c.act)
+    elif c.task == "rcnn":
+        sizes = (c.anchors, c.regions, c.crop, c.proposals, c.instances)
+        net = rcnn.RCNN(c.backbone, classes, *sizes, **norms)
+    elif c.task == "seg":
+        head = (c.levels, c.width, c.depth, c.neck, c.stride)
+        net = models.Segmenter(c.backbone, classes, *head, **norms)
+    else:
+        net = models.Classifier(c.backbone, classes, backbone_norm)
+    if joint_classes:
+        net.joint = torch.nn.Linear(net.backbone.channels[5], joint_classes)
+    for name, module in net.named_modules():
+        # EfficientNet keeps its own momentum, as in the TPU code
+        keeps = name.startswith("backbone.") and "efficientnet" in c.backbone
+        if isinstance(module, torch.nn.BatchNorm2d) and not keeps:
+            module.momentum = c.momentum
     return net.to(memory_format=torch.channels_last)
 
 
-def initialise(backbone, source):
+def network(folder, c, proc, parts, start):
+    """The network of a stage with the weights it starts from, and what its checkpoints say of it.
+
+    Weights come from: 1) a checkpoint in `folder`, when it is resumed (util.Checkpoint), else
+    2) the stage `start`, else 3) --init for the backbone, the rest drawn from --seed."""
+    human = parts["human"][0]
+    joint_classes = 0
+    if "classified" in parts:
+        joint_classes = len(parts["classified"][0].class_names)
+    net = build(c, len(human.class_names), joint_classes)
+    if start:
+        net.load_state_dict(util.stage_state(start)["model"])
+    elif c.init != "random":
+        proc.log.say(initialise(net.backbone, c.init, proc))
+    check_trainable(net, c)
+    about = {
+        "config": dataclasses.asdict(c),
+        "class_ids": human.class_ids,
+        "class_names": human.class_names,
+        "joint_classes": joint_classes,
+        "role": folder.name,
+    }
+    if proc.gradient_checkpointing:
+        backbones.recompute(net, (*backbones.BLOCKS, models.Tower))
+    return net.to(proc.device), about
+
+
+def initialise(backbone, source, proc):
     try:
-        if source == "imagenet":
-            util.rank0_first(lambda: backbones.imagenet_file(backbone.name) and None)  # fetched once, not by every process
+        if source == "imagenet":  # fetched once, not by every process
+            proc.first(lambda: backbones.imagenet_file(backbone.name))
         return backbones.load_backbone(backbone, source)
     except ValueError as error:
-        raise UserError(f"--init {source}: {error}")
+        raise util.UserError(f"--init {source}: {error}") from None
 
 
 def check_trainable(net, c):
-    """What trains is decided by the init: everything; or with --norm frozen, which wants given weights, everything but the
-    backbone's batch norms. A network from scratch with frozen norms or a frozen stem never learns."""
-    frozen = [m for m in net.modules() if isinstance(m, backbones.FrozenBatchNorm2d)]
-    assert all(p.requires_grad for p in net.parameters()) and bool(frozen) == (c["norm"] == "frozen")
-    assert not frozen or c["init"] != "random"
-    assert not frozen or not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.backbone.modules())
-
-
-def read_checkpoint(path):
-    """A checkpoint of ours (file, or the newest in a stage's folder), or torchvision's COCO detector as one."""
-    if not os.path.exists(path):
-        raise UserError(f"--ckpt {path} does not exist; give a step_*.pt file, the folder that holds it, or torchvision's "
-                        "retinanet_resnet50_fpn weights")
-    if os.path.isdir(path):
-        return runs.load_checkpoint(path)
-    try:
-        state = backbones.read_file(os.fspath(path))
-        theirs = state.get("model", state) if isinstance(state, dict) and "class_ids" not in state else None
-        if isinstance(theirs, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in theirs.items()) \
-                and any(k.startswith("head.") for k in theirs):  # bare, or as torchvision's training script saves it
-            return models.coco_teacher(theirs, path)
-    except ValueError as error:
-        raise UserError(f"--ckpt: {error}")
-    if not isinstance(state, dict) or not {"class_ids", "class_names", "model", "config", "step"} <= state.keys():
-        raise UserError(f"--ckpt {path} is neither a checkpoint of st.py nor torchvision's retinanet_resnet50_fpn weights; give "
-                        "a step_*.pt file, the folder that holds it, or those weights")
-    return state
-
-
-def restored(state, c, path):
-    """The network of a checkpoint."""
-    try:
-        net = build(c, len(state["class_ids"]))
-        net.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the network its settings describe ({str(error).splitlines()[0][:80]}); it is "
-                        "damaged, or was written by another version")
-    return net
-
-
-def scaled_lr(c):
-    """lr is given for ref_batch human images a step. The student's pseudo half does not count: the paper keeps the
-    teacher's lr (recalled)."""
-    ratio = c["batch"] / c["ref_batch"]
-    return c["lr"] * (ratio if c["optimizer"] == "sgd" else math.sqrt(ratio))
+    """A network from scratch with frozen norms or a frozen stem never learns."""
+    assert all(p.requires_grad for p in net.parameters())
+    frozen = any(isinstance(m, backbones.FrozenBatchNorm2d) for m in net.modules())
+    assert frozen == (c.norm == "frozen")
 
 
 def make_optimizer(net, c):
-    groups = models.weight_decay_groups(net, c["weight_decay"])
-    if c["optimizer"] == "sgd":
+    groups = models.weight_decay_groups(net, c.weight_decay)
+    if c.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     return torch.optim.AdamW(groups, lr=0.0)
 
 
-def distribute(net, device, ranks):
-    if ranks == 1:
-        return net
-    if device.type == "cuda":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def share_buffers(net, ranks):
-    """Batch-norm averages: those of rank 0 are what is saved, and what every process scores."""
-    for buffer in net.buffers() if ranks > 1 else ():
-        torch.distributed.broadcast(buffer, 0)
-
-
-def compiled(net, device):
+def restore(path, proc):
+    """A trained network, on proc.device, and its checkpoint. path: a stage's folder or a file."""
+    state = util.stage_state(path)
     try:
-        torch.compile(torch.neg)(torch.ones(2, device=device))  # fails here, not in the middle of the first step
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"--compile: this machine cannot compile ({reason}); install a C++ compiler, or leave the flag out")
-    return torch.compile(net)
+        c = recipes.Method(**state["config"])
+        net = build(c, len(state["class_names"]), state["joint_classes"])
+        net.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise util.UserError(
+            f"{path} does not hold the network its settings describe ({reason}); it is damaged, or "
+            "was written by another version"
+        ) from None
+    return net.to(proc.device), state
 
 
-class Meter:
-    """Times the loader and writes the progress line: raw losses of this step, their averages, speed, ETA."""
-
-    def __init__(self, log, stage, start, steps, images, terms):
-        self.log, self.stage, self.start, self.steps, self.images, self.terms = log, stage, start, steps, images, terms
-        self.began, self.waited = time.time(), 0.0
-
-    def timed(self, loader):
-        loader = iter(loader)
-        while True:
-            clock = time.time()
-            batch = next(loader, None)
-            self.waited += time.time() - clock
-            if batch is None:
-                return
-            yield batch
-
-    def step(self, step, lr, objective, terms, averages):
-        """terms: {part: value of each loss term}."""
-        if step > 10 and step % 20 and step != self.steps:
-            return
-        spent, means, values = time.time() - self.began, ops.average_losses(averages).tolist(), {"loss": objective}
-        for (part, row), mean in zip(terms.items(), means):
-            end = "" if part == "human" else f"_{part}"
-            values.update({f"{name}{end}": v for name, v in zip(self.terms, row) if (name == "class") == (part == "joint")})
-            values[f"avg{end}"] = mean
-            if end:
-                values["ratio" + end.replace("_pseudo", "")] = means[0] / max(mean, 1e-6)
-        self.log.progress(self.stage, step, self.steps, self.began, self.start, **values, lr=lr,
-                          images_s=(step - self.start) * self.images / spent, waiting=self.waited / spent)
+def given_teacher(path, c, human):
+    state = util.stage_state(path)
+    same = (state["config"]["task"], state["class_names"]) == (c.task, human.class_names)
+    need(same, f"--teacher {path} was trained for another task or other classes than these images")
+    return Path(path)
 
 
-# ---- stages ------------------------------------------------------------------------------------------------------
-
-def trained(folder, parts, start_from, c, deps, val, run, log):
-    """A training stage: train, score on the validation set, remember -> {metric: ..., "seconds", "weights": hash}.
-
-    deps: all it depends on, among them "steps" and "images_per_step" (one number per part).
-    """
-    task = TASKS[c["task"]]
-    if result := util.rank0_first(lambda: runs.stage(folder, deps)):
-        log.say(f"{folder}: finished before, {task.METRICS[0]} {result[task.METRICS[0]]:.3f}")
-        return result
-    steps, counts = deps["steps"], deps["images_per_step"]
-    _, ranks, device, dtype = run
-    net = build(c, len(val.class_ids))
-    if start_from:
-        net.load_state_dict(runs.load_checkpoint(start_from)["model"])
-    elif c["init"] != "random":
-        log.say(initialise(net.backbone, c["init"]))
-    check_trainable(net, c)
-    net.to(device)
-    log.say(f"{folder}: {steps} steps of {' + '.join(map(str, counts))} images in {c['accumulate']} pieces on {ranks} "
-            f"processes, {c['optimizer']} lr {scaled_lr(c):.4g} (given {c['lr']:g} at batch {c['ref_batch']}), "
-            f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {str(dtype)[6:]} on {device}")
-    if ranks > 1 and device.type == "cpu" and c["norm"] == "bn":
-        log.say("note: on CPU, batch norm sees one process's images only; --norm gn gives what one process would")
-    curve, began = train(folder, net, parts, counts, steps, c, val, run, log)
-    metrics = task.evaluate(net, c, val, run, log)
-    curve.append([steps, metrics[task.METRICS[0]]])
-    result = {**metrics, "curve": curve, "seconds": round(time.time() - began, 1),
-              "weights": runs.digest_weights(net.state_dict())}
-    log.say(f"{folder}: " + " ".join(f"{m} {result[m]:.3f}" for m in task.METRICS[:2]) + f" on {len(val)} validation images "
-            f"({result['seconds']:.0f} s)")
-    return util.rank0_first(lambda: runs.finish(folder, deps, result))
+def score(net, c, val, proc, step, notes):
+    """Scores on val; the first of them also goes into the curve."""
+    proc.share_buffers(net)
+    task = TASKS[c.task]
+    metrics = task.score(net, val, c.image_size, proc)
+    notes.setdefault("curve", []).append([step, metrics[task.metrics[0]]])
+    return metrics
 
 
-def labelled_by(folder, teacher, c, paths, held, labelled, deps, run, log):
-    """The pseudo-label stage: teacher's answers on `paths` into folder/pseudo.json -> {"asked", "threshold", "images", ...}.
-
-    held, labelled: see detect.label. deps leave the threshold out, but for masks: choosing another one costs no new prediction.
-    """
-    result = util.rank0_first(lambda: runs.stage(folder, deps))
-    if result and result["asked"] == c["threshold"]:
-        return result
-    state, task = {**read_checkpoint(teacher), "path": str(teacher)}, TASKS[c["task"]]
-    net = restored(state, c, teacher)
-    util.rank0_first(lambda: runs.write_json(Path(folder) / "stage.json", {"deps": deps}))  # no longer what it was
-    result = task.label(folder, net.to(run[2]), state, paths, held, labelled, c, run, log)
-    return util.rank0_first(lambda: runs.finish(folder, deps, {"asked": c["threshold"], **result}))
+def readings(losses, joint, parts, task):
+    """What the log shows of a step: losses (P, T) by part and term, running averages and ratios."""
+    shown = {"loss": joint(losses.sum(1)).item()}
+    for p, part in enumerate(parts):
+        for t, term in enumerate(task.terms):
+            shown[f"{part} {term}"] = losses[p, t].item()
+    for part, ratio in zip(list(parts)[1:], joint.ratio.tolist()):
+        shown[f"ratio {part}"] = ratio
+    return shown
 
 
-# ---- the pipeline ------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Plan:
+    """what is done, with which images"""
+
+    out: str = flag("runs/default", "run directory; the same command resumes it")
+    root: str = flag(
+        "",
+        "COCO folder (annotations/ or train.json + val.json + images/), PASCAL VOC folder (seg) or "
+        "folder with train/CLASS and val/CLASS (cls) [embedded world: datasets/shapes/...]",
+    )
+    labeled: float = flag(0.2, "fraction of the training images whose labels are used")
+    split: str = flag("", "label split by tools.check split, instead of --labeled and --seed")
+    train_list: str = flag("train", "seg: list of the training images, e.g. trainaug")
+    unlabeled: str = flag(
+        "",
+        "folder, glob, .txt list or COCO json, or (seg) the name of a list such as aug [the images "
+        "whose labels are not used; seg: aug if there is that list]",
+    )
+    joint: str = flag("", "joint training: every step also classifies images of DIR/train/CLASS")
+    until: str = flag("student", "the last stage", ("teacher", "labels", "student"))
+    teacher: str = flag("", "stage folder or checkpoint to take instead of training a teacher")
+    pseudo: str = flag("", "folder of answers to take instead of labelling")
+    rounds: int = flag(1, "repetitions of teacher <- student")
+    control: bool = flag(False, "also train on without pseudo-labels, for as many steps and images")
+
+
+def load(plan, c, proc):
+    """-> labelled, held-out, unlabelled, classified (or None) and validation Images."""
+    task = TASKS[c.task]
+    root = plan.root or task.root
+    proc.first(lambda: data.ensure(root))
+    more = {"instances": True} if c.instances else {}
+    train_set = task.load(root, plan.train_list, **more)
+    val = task.load(root, "val", train_set)
+    split = data.make_split(train_set, plan.labeled, c.seed)
+    if plan.split:
+        split = data.read_split(plan.split, train_set)
+    human, held_out, rest = data.apply_split(split, train_set, hold_out=c.threshold == "auto")
+    unlabelled = None
+    if plan.until != "teacher" and not plan.pseudo:
+        unlabelled = unlabelled_images(plan, c, root, rest)
+        unlabelled, leaks = data.without_leaks(unlabelled, human, held_out, val)
+        if leaks:
+            sentence = f"warning: {leaks} unlabelled images are labelled or validation images"
+            proc.log.say(f"{sentence}; they are left out")
+        need(len(unlabelled), "no unlabelled image is left; give others by --unlabeled")
+    classified = None
+    if plan.joint:
+        proc.first(lambda: data.ensure(plan.joint))
+        classified = data.folder(plan.joint, "train")
+    _, twice = data.without_leaks(human, val)
+    if twice:
+        proc.log.say(f"warning: {twice} labelled images are also validation images")
+    say_data(proc.log, human, held_out, unlabelled, val)
+    if proc.rank == 0:
+        util.write_json(Path(plan.out, "split.json"), split)
+    return human, held_out, unlabelled, classified, val
+
+
+def unlabelled_images(plan, c, root, rest):
+    name = plan.unlabeled
+    if c.task == "seg" and not name and plan.train_list == "train":
+        name = "aug" if data.voc_list_file(root, "aug").exists() else ""
+    if c.task == "seg" and name and data.voc_list_file(root, name).exists():
+        return data.voc_images(root, name)
+    if name:
+        return data.listed(name)
+    need(len(rest), "--labeled 1 leaves no image to pseudo-label; give --unlabeled DIR")
+    return rest.without_labels()
+
+
+def say_data(log, human, held_out, unlabelled, val):
+    log.say(
+        f"{len(human)} labelled images, {len(held_out)} held out, {len(unlabelled or ())} "
+        f"unlabelled, {len(val)} for validation; classes {', '.join(human.class_names[:50])}"
+    )
+    for images in (human, val):
+        for reason, count in images.dropped.items():
+            log.say(f"warning: {count} boxes of {images.source} dropped: {reason}")
+
+
+def say_plan(folder, net, c, proc, parts, steps):
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    mixture = " + ".join(f"{count} {name}" for name, (_, count) in parts.items())
+    proc.log.say(
+        f"{folder}: {steps} steps of {mixture} images, {c.accumulate} pieces on {proc.world} "
+        f"processes; {c.optimizer} lr {recipes.scaled_lr(c):.4g} ({c.lr:g} at batch "
+        f"{c.ref_batch}); {size:.1f}M parameters, {str(proc.dtype)[6:]} on {proc.device}"
+    )
+    if proc.world > 1 and proc.device.type == "cpu" and c.norm == "bn":
+        proc.log.say("note: on CPU batch norm sees one process's images; --norm gn does without")
+
 
 def main(argv=None):
-    flags = util.parse_flags(Config, __doc__, HELP, argv)
-    rank, ranks, device, flags.workers = util.setup(flags.device, flags.workers)
-    run = (rank, ranks, device, util.precision(flags.precision, device))
-    if flags.mode in ("pseudo", "eval"):
-        return use_checkpoint(flags, run)
-    c, out = recipes.settings(flags, ranks), Path(flags.out)
-    if flags.dry_run:
-        classes = recipes.CLASSES[c["task"]]
-        with torch.device("meta"):
-            net = build(c, classes)
-        if rank == 0:
-            print(recipes.dry_run(net, flags, c, classes, ranks, run[3], scaled_lr(c)))
-        return
-    util.rank0_first(lambda: runs.claim(out))
-    log = util.Log(out / "log.jsonl", rank)
-
-    task = TASKS[c["task"]]
-    train_set, val = task.load(flags)
-    split = data.read_split(flags.split, train_set.annotation_file) if flags.split else data.make_split(
-        train_set.annotation_file, train_set.ids, flags.labeled, flags.seed)
-    human, held, rest = data.apply_split(split, train_set, hold_out=c["threshold"] == "auto")
-    paths = util.rank0_first(lambda: unlabelled_paths(flags, human, held, rest, val, log)) if flags.mode == "run" else []
-    joint = classify.load_folder(util.rank0_first(lambda: joint_root(flags)), "train") if flags.joint else []
-    if flags.joint:
-        c["joint_classes"] = len(joint.class_names)
-        log.say(f"joint training with {len(joint)} images of {c['joint_classes']} classes in {joint.root}")
-    if rank == 0 and not (out / "config.json").exists():  # a command that is refused further on leaves no trace
-        runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
-        runs.write_json(out / "split.json", split)
-    log.say(f"{out}: {len(human)} labelled images to train on, {len(held)} held out, {len(paths)} unlabelled, {len(val)} "
-            f"for validation; classes {', '.join(train_set.class_names[:100])}")
-    for found in (train_set, val):
-        for reason, n in found.dropped.items():
-            log.say(f"warning: {n} boxes of {found.annotation_file} dropped: {reason}")
-    results = pipeline(flags, c, out, human, held, joint, paths, val, {
-        "annotations": split["annotations_sha256"], "validation": data.file_digest(val.annotation_file),
-        "split": runs.digest(split["labeled"]), "held_out": len(held),
-        **({"classified": data.file_digest(joint.root), "loss_norm": c["loss_norm"]} if flags.joint else {}),
-        **util.rank0_first(lambda: task.data_deps(train_set, val))}, run, log)
-    if rank == 0:
-        runs.write_json(out / "config.json", {"command": sys.argv, **asdict(flags), **c})
-        runs.write_json(out / "split.json", split)
-        runs.write_json(out / "results.json", {**results, "command": " ".join(sys.argv), "seed": flags.seed})
-        show.report(out)
-        print(table(results, task.METRICS), f"written: {out}/results.json, {out}/report.html", sep="\n")
+    plan, given, machine = util.parse(__doc__, Plan, recipes.Method, util.Machine, argv=argv)
+    plan = Plan(**plan)
+    machine = util.Machine(**machine)
+    proc = util.start(machine)
+    c = recipes.method(**given)
+    check(plan, c, proc)
+    out = Path(plan.out)
+    proc.first(lambda: util.claim(out))
+    proc.log = util.Log(out / "log.jsonl", proc.rank)
+    command = {"command": shlex.join(sys.argv), "seed": c.seed}
+    settings = {**command, **dataclasses.asdict(plan), **dataclasses.asdict(c)}
+    if proc.rank == 0:
+        util.write_json(out / "config.json", settings)
+    results = self_train(plan, c, proc)
+    if proc.rank == 0:
+        util.write_json(out / "results.json", {**results, **command})
+        print_table(results, TASKS[c.task].metrics)
+        print(f"written: {out}/results.json; pictures: python -m tools.show run {out}")
 
 
-def pipeline(flags, c, out, human, held, joint, paths, val, data_deps, run, log):
-    """Teacher, pseudo-labels, student, for as many rounds as asked -> {stage: result}."""
-    # What a stage depends on. How fast images are read, how often is saved and what cuts a step into pieces do not
-    # matter, unless a batch norm sees the pieces or stochastic depth is drawn for each.
-    free = ["workers", "save_every", "eval_every", "steps", "student_steps", "alpha", "loss_norm", "threshold", "student_aug",
-            "student_batch", "flip", "soft", "scales", "gradient_checkpointing"]
-    free += ["accumulate"] * (c["norm"] == "gn" and c["backbone"] in backbones.RESNETS)
-    same = {**{k: v for k, v in c.items() if k not in free}, **data_deps, "precision": str(run[3])}
-    if c["init"] not in ("random", "imagenet"):
-        simclr, path = backbones.split_source(c["init"])
-        same["init"] = "simclr:" * simclr + data.file_digest(path)
-    def counts(human, pseudo, classified):  # of the images in a step
-        return [human, pseudo, classified] if flags.joint else [human, pseudo][:1 + bool(pseudo)]
-    results = {"teacher": trained(out / "teacher", [human, [], joint], "", c, {
-        **same, "steps": c["steps"], "images_per_step": counts(c["batch"], 0, c["batch"])}, val, run, log)}
-    teacher, control, task = "teacher", "teacher", TASKS[c["task"]]
-    for k in range(flags.rounds if flags.mode == "run" else 0):
-        suffix = "" if k == 0 else str(k + 1)
-        source = {"teacher": results[teacher]["weights"], "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}
-        source = label_deps(c, source, run)
-        labels = labelled_by(out / f"pseudo{suffix}", out / teacher, c, paths, held, human, source, run, log)
-        pseudo = task.load_pseudo(out / f"pseudo{suffix}", labels, human)
-        c_student = {**c, "aug": c["student_aug"]}
-        after = {**same, "aug": c["student_aug"], "steps": c["student_steps"], "student_init": flags.student_init}
-        start, start_control = (out / teacher, out / control) if flags.student_init == "teacher" else ("", "")
-        n = c["student_batch"]
-        results[f"student{suffix}"] = trained(out / f"student{suffix}", [human, pseudo, joint], start, c_student, {
-            **after, **source, "threshold": labels["threshold"], "alpha": c["alpha"], "loss_norm": c["loss_norm"],
-            "images_per_step": counts(n, n, n)}, val, run, log)
-        if flags.control:  # as many steps and images per step, but no pseudo-label ever
-            results[f"control{suffix}"] = trained(out / f"control{suffix}", [human, [], joint], start_control, c_student, {
-                **after, "teacher": results[control]["weights"], "images_per_step": counts(2 * n, 0, n)}, val, run, log)
-        teacher, control = f"student{suffix}", f"control{suffix}"
-    return results
+def check(plan, c, proc):
+    need(0 < plan.labeled <= 1, f"--labeled {plan.labeled} must be above 0 and up to 1")
+    need(plan.rounds >= 1, "--rounds must be 1 or more")
+    need(plan.rounds == 1 or not plan.pseudo, "--pseudo is for one round: leave out --rounds")
+    need(not plan.joint or c.task in ("det", "seg"), "--joint is for RetinaNet and segmentation")
+    pieces = proc.world * c.accumulate
+    for count in (c.batch, recipes.student_batch(c)):
+        fits = count >= pieces and count % pieces == 0
+        sentence = f"{proc.world} processes x --accumulate {c.accumulate}; give another --batch"
+        need(fits, f"{count} images a step do not divide by {sentence}")
 
 
-def label_deps(c, source, run):
-    """What pseudo-labels depend on. A mask holds its threshold and scales; boxes and classes are stored with scores, under
-    any threshold."""
-    source = {**source, "image_size": c["image_size"], "precision": str(run[3])}
-    if c["task"] == "seg":
-        source.update(threshold=float(c["threshold"]), flip=c["flip"], soft=c["soft"], scales=recipes.scales(c["scales"]))
-    return source
-
-
-def table(results, metrics):
-    rows = [f"{'':10s}" + "".join(f"{m:>10s}" for m in metrics)]
-    for name, r in results.items():
-        rows.append(f"{name:10s}" + "".join(f"{r[m]:10.3f}" for m in metrics))
-    return "\n".join(rows)
-
-
-def unlabelled_paths(flags, human, held, rest, val, log):
-    """Paths of the unlabelled images (n,): --unlabeled, else the embedded world's own for segmentation, else the training images
-    whose labels are not used, else the embedded world's own. Labelled and validation images among them are left out."""
-    if flags.unlabeled:
-        paths = given_images(flags, flags.task)
-    elif flags.data == "shapes" and flags.task == "seg":  # where few images have labels to begin with
-        paths = voc.images_of(segment.locate(flags), "aug")
-    elif len(rest):
-        paths = np.array([os.fsencode(os.path.abspath(rest.path(i))) for i in range(len(rest))], dtype=np.bytes_)
-    elif flags.data == "shapes":
-        paths = data.list_images(str(data.embedded(flags.root, "unlabeled")))
-    else:
-        raise UserError("--labeled 1 leaves no image to pseudo-label; give --unlabeled DIR, or --mode train to stop after "
-                        "the teacher")
-    paths, leaks = data.without_leaks(paths, human, held, val)
-    if leaks:
-        log.say(f"warning: {leaks} unlabelled images are labelled or validation images; left out")
-    if not len(paths):
-        raise UserError("every unlabelled image is also a labelled or a validation image; give other images by --unlabeled")
-    _, leaks = data.without_leaks(np.array([os.fsencode(human.path(i)) for i in range(len(human))], dtype=np.bytes_), val)
-    if leaks:
-        log.say(f"warning: {leaks} labelled images are also validation images; scores will be too high")
-    return paths
-
-
-def joint_root(flags):
-    """The class folders of --joint: DIR with train/CLASS/*.jpg, or the embedded world's single objects."""
-    if flags.joint != "shapes":
-        return flags.joint
-    return classify.locate(replace(flags, data="shapes", root=flags.root if flags.data == "shapes" else Config.root))
-
-
-def given_images(flags, task):
-    """Paths of --unlabeled: the images of a named list of a VOC folder, or whatever data.list_images takes."""
-    # the embedded world is drawn only for what can be one of its lists; a folder of that name comes first
-    if task == "seg" and (flags.data == "voc" or flags.unlabeled.isidentifier() and not os.path.exists(flags.unlabeled)):
-        root = util.rank0_first(lambda: segment.locate(flags))
-        if voc.list_file(root, flags.unlabeled).exists():
-            return voc.images_of(root, flags.unlabeled)
-    return data.list_images(flags.unlabeled)
-
-
-def use_checkpoint(flags, run):
-    """--mode pseudo: labels a folder of images with --ckpt. --mode eval: scores --ckpt on the validation set."""
-    ignored = [f for f in ("model", "backbone", "image_size", "aug", "batch", "steps", "student_steps", "lr", "optimizer")
-               if getattr(flags, f) is not None] + [f for f in ("dry_run", "joint", "eval_every") if getattr(flags, f)]
-    if ignored:
-        raise UserError(f"--mode {flags.mode} takes the network and its settings from --ckpt; leave out "
-                        + ", ".join("--" + f.replace("_", "-") for f in ignored))
-    if not flags.ckpt:
-        raise UserError(f"--mode {flags.mode} needs --ckpt, a checkpoint file or a stage folder such as runs/x/student")
-    state = read_checkpoint(flags.ckpt)
-    c = {"task": "det", **state["config"], "workers": flags.workers, "gradient_checkpointing": False,
-         "flip": flags.flip, "soft": flags.soft, "scales": flags.scales}
-    recipes.check_data(flags.data, c["task"])
-    if flags.mode == "eval":
-        net, log, task = restored(state, c, flags.ckpt), util.Log(None, run[0]), TASKS[c["task"]]
-        val = task.load_val(flags, state["class_ids"], state["class_names"])
-        metrics = task.evaluate(net.to(run[2]), c, val, run, log)
-        log.say(f"{state['role']} after {state['step']} steps, {flags.ckpt}, on {val.annotation_file}\n"
-                + json.dumps(metrics, indent=1))
-        return
-    out, threshold = Path(flags.out), flags.threshold or ("0.3" if c["task"] == "cls" else "0.5")  # the papers' (recalled)
-    if not flags.unlabeled:
-        raise UserError("--mode pseudo needs --unlabeled: a folder, glob, .txt list or COCO json of images")
-    if not recipes.is_score(threshold):
-        raise UserError(f"--threshold {threshold} is not a number between 0 and 1; for boxes, the report of the run that trained "
-                        "--ckpt shows precision and recall for each")
-    if flags.out == Config.out or (out / "config.json").exists():
-        raise UserError(f"--mode pseudo needs an --out of its own; {out} is for training runs")
-    util.rank0_first(lambda: runs.claim(out))
-    log, paths = util.Log(out / "log.jsonl", run[0]), given_images(flags, c["task"])
-    c["threshold"] = threshold
-    deps = label_deps(c, {"teacher": runs.digest_weights(state["model"]),
-                          "unlabeled": hashlib.sha256(paths.tobytes()).hexdigest()}, run)
-    labelled_by(out, flags.ckpt, c, paths, [], None, deps, run, log)
-    log.say(f"written: {out}/pseudo.json")
+def print_table(results, metrics):
+    print(f"{'':10s}" + "".join(f"{name:>10s}" for name in metrics))
+    for stage, result in results.items():
+        if isinstance(result, dict) and metrics[0] in result:
+            print(f"{stage:10s}" + "".join(f"{result[name]:10.3f}" for name in metrics))
 
 
 if __name__ == "__main__":

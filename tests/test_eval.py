@@ -1,74 +1,91 @@
-"""eval.py: AP against pycocotools itself, matching and thresholds against cases worked out by hand."""
+"""eval.py: AP against pycocotools, other scores against scikit-learn; on one process or several."""
+
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
-from PIL import Image
+from conftest import turns
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.transforms import functional as tvf
 
+import answers
 import data
-import eval as evaluation
-import util
+import eval
+from util import Proc
 
 CLASS_IDS = [2, 3, 7, 40]  # as in COCO, not contiguous
-IMAGE_IDS = [9, 4, 1000, 17, 25, 31]
+IMAGE_IDS = [4, 9, 17, 25, 31, 1000]
 
 
-def random_truth(seed=0):
-    """COCO json: six images, four classes, boxes of all three COCO sizes, a few crowds, one image without boxes."""
+def random_truth(seed):
+    """A COCO json: six images, four classes, boxes of all three COCO sizes, a few crowds, one image
+    without boxes."""
     rng = np.random.default_rng(seed)
-    annotations = []
+    rows = []
     for image in IMAGE_IDS[:-1]:
         for _ in range(rng.integers(3, 9)):
             w, h = rng.choice([12, 50, 150]) * rng.uniform(0.7, 1.4, 2)
-            x, y = rng.uniform(0, 300 - w), rng.uniform(0, 300 - h)
-            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": int(rng.choice(CLASS_IDS)),
-                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(rng.random() < 0.15)})
-    return {"images": [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in IMAGE_IDS],
-            "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in CLASS_IDS]}
+            bbox = [rng.uniform(0, 300 - w), rng.uniform(0, 300 - h), w, h]
+            row = {"id": len(rows) + 1, "image_id": image, "bbox": bbox, "area": w * h}
+            row["category_id"] = int(rng.choice(CLASS_IDS))
+            row["iscrowd"] = int(rng.random() < 0.15)
+            rows.append(row)
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 300, "width": 300} for i in IMAGE_IDS]
+    categories = [{"id": c, "name": str(c)} for c in CLASS_IDS]
+    return {"images": images, "annotations": rows, "categories": categories}
 
 
-def random_detections(truth, ids, seed=1):
-    """{i: detections}: the truth with noise, some of it twice, with a wrong class or missing, and some of nothing."""
-    rng, found = np.random.default_rng(seed), {}
-    for i, image in enumerate(ids):
-        boxes, labels = [], []
-        for a in truth["annotations"]:
-            if a["image_id"] == image:
-                x, y, w, h = a["bbox"]
-                for _ in range(rng.choice([0, 1, 1, 1, 2])):
-                    dx, dy, dw, dh = rng.normal(0, 0.08, 4)
-                    boxes.append([x + dx * w, y + dy * h, x + w * (1 + dw), y + h * (1 + dh)])
-                    right = CLASS_IDS.index(a["category_id"])
-                    labels.append(right if rng.random() < 0.85 else rng.integers(4))
+def random_detections(truth, seed):
+    """{i: detections}: the truth with noise, some of it twice, of a wrong class or missing, and
+    some of nothing."""
+    rng = np.random.default_rng(seed)
+    detected = {}
+    for i, image in enumerate(IMAGE_IDS):
+        boxes = []
+        labels = []
+        for row in truth["annotations"]:
+            for _ in range(rng.choice([0, 1, 1, 1, 2]) if row["image_id"] == image else 0):
+                x, y, w, h = row["bbox"]
+                dx, dy, dw, dh = rng.normal(0, 0.08, 4)
+                boxes.append([x + dx * w, y + dy * h, x + w * (1 + dw), y + h * (1 + dh)])
+                right = rng.random() < 0.85
+                labels.append(CLASS_IDS.index(row["category_id"]) if right else rng.integers(4))
         for _ in range(2):
             x, y, w, h = rng.uniform(0, 150, 4)
             boxes.append([x, y, x + w, y + h])
             labels.append(rng.integers(4))
-        found[i] = {"boxes": np.array(boxes, np.float32), "scores": rng.random(len(boxes)).astype(np.float32),
-                    "labels": np.array(labels, np.int64), "size": (300, 300)}
-    return found
+        detected[i] = {
+            "boxes": np.array(boxes, np.float32),
+            "scores": rng.random(len(boxes)).astype(np.float32),
+            "labels": np.array(labels, np.int64),
+        }
+    return detected
 
 
-def pycocotools_ap(folder, truth, found, ids):
-    """The twelve numbers by pycocotools alone, from files written as its users write them."""
+def pycocotools_ap(truth, detected, ids=IMAGE_IDS):
+    """The twelve numbers by pycocotools alone."""
     truth = copy.deepcopy(truth)
-    for n, a in enumerate(truth["annotations"]):
-        a.update(id=n + 1, area=a.get("area", a["bbox"][2] * a["bbox"][3]), iscrowd=a.get("iscrowd", 0))
-    results = [{"image_id": ids[i], "category_id": CLASS_IDS[k], "score": float(s),
-                "bbox": [float(b[0]), float(b[1]), float(b[2] - b[0]), float(b[3] - b[1])]}
-               for i, d in found.items() for b, s, k in zip(d["boxes"], d["scores"], d["labels"])]
-    (folder / "reference.json").write_text(json.dumps(truth))
-    (folder / "results.json").write_text(json.dumps(results))
+    for n, row in enumerate(truth["annotations"]):
+        row["id"] = n + 1
+        row.setdefault("iscrowd", 0)
+        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
+    results = []
+    for i, d in detected.items():
+        for (x0, y0, x1, y1), score, k in zip(d["boxes"].tolist(), d["scores"], d["labels"]):
+            bbox = [x0, y0, x1 - x0, y1 - y0]
+            row = {"image_id": IMAGE_IDS[i], "category_id": CLASS_IDS[k], "bbox": bbox}
+            results.append({**row, "score": float(score)})
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(folder / "reference.json")
-        scorer = COCOeval(coco, coco.loadRes(str(folder / "results.json")), "bbox")
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        scorer = COCOeval(coco, coco.loadRes(results), "bbox")
         scorer.params.imgIds = sorted(ids)
         scorer.evaluate()
         scorer.accumulate()
@@ -76,273 +93,222 @@ def pycocotools_ap(folder, truth, found, ids):
     return scorer.stats.tolist()
 
 
-def written(folder, truth):
-    (folder / "truth.json").write_text(json.dumps(truth))
-    return folder / "truth.json"
+@pytest.fixture
+def written(tmp_path):
+    def write(truth):
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        return data.read_coco(tmp_path / "truth.json", tmp_path)
+
+    return write
 
 
-# ---- AP ----------------------------------------------------------------------------------------------------------
+# ---- AP ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_coco_ap_equals_pycocotools(tmp_path, seed):
+def test_ap_equals_pycocotools(written, seed):
     truth = random_truth(seed)
-    found = random_detections(truth, IMAGE_IDS, seed + 10)
-    want = pycocotools_ap(tmp_path, truth, found, IMAGE_IDS)
-    got = evaluation.coco_ap(written(tmp_path, truth), found, IMAGE_IDS, CLASS_IDS)
-    assert list(got) == evaluation.METRICS and all(type(v) is float for v in got.values())
-    assert list(got.values()) == pytest.approx(want, abs=1e-6)
-    assert 0.1 < got["AP"] < got["AP50"] < 0.95 and got["AR1"] < got["AR100"]  # a case with something to get wrong
-    assert len({round(got[k], 6) for k in ("APs", "APm", "APl")}) == 3
+    detected = random_detections(truth, seed + 10)
+    metrics = eval.coco_ap(written(truth), detected)
+    assert list(metrics) == eval.METRICS and all(type(v) is float for v in metrics.values())
+    assert list(metrics.values()) == pytest.approx(pycocotools_ap(truth, detected), abs=1e-6)
+    # a case with something to get wrong
+    assert 0.1 < metrics["AP"] < metrics["AP50"] < 0.95 and metrics["AR1"] < metrics["AR100"]
+    assert len({round(metrics[name], 6) for name in ("APs", "APm", "APl")}) == 3
 
 
-def test_coco_ap_of_some_of_the_images_leaves_the_others_out(tmp_path):
-    truth, some = random_truth(3), IMAGE_IDS[1:4]
-    found = random_detections(truth, some)
-    want = pycocotools_ap(tmp_path, truth, found, some)
-    got = evaluation.coco_ap(written(tmp_path, truth), found, np.array(some), CLASS_IDS)
-    assert list(got.values()) == pytest.approx(want, abs=1e-6)
-    assert got["AR100"] > evaluation.coco_ap(written(tmp_path, truth), found, some + [9, 17], CLASS_IDS)["AR100"]
+def test_ap_of_a_subset_leaves_the_other_images_out(written):
+    truth = random_truth(3)
+    detected = random_detections(truth, 1)
+    val = written(truth).subset([1, 2, 3])
+    part = {i: detected[k] for i, k in enumerate([1, 2, 3])}
+    want = pycocotools_ap(truth, {k: detected[k] for k in (1, 2, 3)}, IMAGE_IDS[1:4])
+    assert list(eval.coco_ap(val, part).values()) == pytest.approx(want, abs=1e-6)
 
 
-def test_coco_ap_fills_in_area_iscrowd_and_id_that_simple_exports_lack(tmp_path):
-    truth = random_truth(4)
-    for a in truth["annotations"]:
-        del a["area"], a["iscrowd"], a["id"]
-    found = random_detections(truth, IMAGE_IDS)
-    got = evaluation.coco_ap(written(tmp_path, truth), found, IMAGE_IDS, CLASS_IDS)
-    assert list(got.values()) == pytest.approx(pycocotools_ap(tmp_path, truth, found, IMAGE_IDS), abs=1e-6)
-
-
-@pytest.mark.parametrize("renumber", [lambda n: n, lambda n: 5, lambda n: None if n % 2 else n + 2],
-                         ids=["from zero", "all alike", "some missing"])
-def test_coco_ap_does_not_depend_on_annotation_ids(tmp_path, renumber):
-    """pycocotools takes id 0 for 'unmatched' and loses boxes that share an id; exports have both."""
+# pycocotools takes id 0 for "unmatched" and loses boxes that share an id; exports have both.
+@pytest.mark.parametrize("ids", ["from zero", "all alike", "missing, as are area and iscrowd"])
+def test_ap_does_not_depend_on_fields_that_simple_exports_lack_or_give_badly(written, ids):
     truth = random_truth(5)
-    found = random_detections(truth, IMAGE_IDS)
-    want = pycocotools_ap(tmp_path, truth, found, IMAGE_IDS)
-    for n, a in enumerate(truth["annotations"]):
-        a["id"] = renumber(n)
-        if a["id"] is None:
-            del a["id"]
-    got = evaluation.coco_ap(written(tmp_path, truth), found, IMAGE_IDS, CLASS_IDS)
-    assert list(got.values()) == pytest.approx(want, abs=1e-6)
+    if ids.startswith("missing"):
+        for row in truth["annotations"]:
+            del row["area"], row["iscrowd"], row["id"]
+    detected = random_detections(truth, 1)
+    want = pycocotools_ap(truth, detected)
+    for n, row in enumerate(truth["annotations"]):
+        if not ids.startswith("missing"):
+            row["id"] = n if ids == "from zero" else 5
+    assert list(eval.coco_ap(written(truth), detected).values()) == pytest.approx(want, abs=1e-6)
 
 
-def test_coco_ap_of_the_truth_itself_is_one(tmp_path):
-    truth = random_truth(6)
-    found = {}
-    for i, image in enumerate(IMAGE_IDS):
-        rows = [a for a in truth["annotations"] if a["image_id"] == image and not a["iscrowd"]]
-        xywh = np.array([a["bbox"] for a in rows]).reshape(-1, 4)
-        found[i] = {"boxes": np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1), "scores": np.ones(len(rows)),
-                    "labels": np.array([CLASS_IDS.index(a["category_id"]) for a in rows], np.int64)}
-    got = evaluation.coco_ap(written(tmp_path, truth), found, IMAGE_IDS, CLASS_IDS)
-    assert got["AP"] == pytest.approx(1) and got["AR100"] == pytest.approx(1)
+@pytest.mark.parametrize("bbox", [[], None, [1, 2, None, 4], [float("nan"), 1, 2, 3], [9, 9, 0, 0]])
+def test_boxes_that_were_dropped_at_load_do_not_end_the_scoring(written, bbox):
+    truth = random_truth(4)
+    detected = random_detections(truth, 1)
+    truth["annotations"].append({"image_id": 4, "category_id": 2, "bbox": bbox})
+    metrics = eval.coco_ap(written(truth), detected)
+    assert 0.1 < metrics["AP"] < 1
 
 
-def test_coco_ap_without_any_detection_is_all_zeros(tmp_path):
-    none = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
-    for found in ({}, {0: none, 1: none}, {0: {"bad": "damaged"}}):
-        got = evaluation.coco_ap(written(tmp_path, random_truth()), found, IMAGE_IDS, CLASS_IDS)
-        assert list(got) == evaluation.METRICS and set(got.values()) == {0.0}
-
-
-def test_coco_ap_counts_a_bad_image_as_one_where_nothing_was_found(tmp_path):
+def test_ap_without_any_detection_is_zero_and_an_unreadable_image_is_one_without(written):
     truth = random_truth(7)
-    found = random_detections(truth, IMAGE_IDS)
-    rest = {i: d for i, d in found.items() if i != 2}
-    got = evaluation.coco_ap(written(tmp_path, truth), {**rest, 2: {"bad": "damaged"}}, IMAGE_IDS, CLASS_IDS)
-    assert list(got.values()) == pytest.approx(pycocotools_ap(tmp_path, truth, rest, IMAGE_IDS), abs=1e-6)
-    assert got["AR100"] < evaluation.coco_ap(written(tmp_path, truth), found, IMAGE_IDS, CLASS_IDS)["AR100"]
+    val = written(truth)
+    nothing = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, np.int64)}
+    for detected in ({}, {0: nothing, 1: nothing}, {0: None}):
+        metrics = eval.coco_ap(val, detected)
+        assert list(metrics) == eval.METRICS and set(metrics.values()) == {0.0}
+    detected = random_detections(truth, 1)
+    missed = {i: d for i, d in detected.items() if i != 2}
+    metrics = eval.coco_ap(val, {**detected, 2: None})
+    assert list(metrics.values()) == pytest.approx(pycocotools_ap(truth, missed), abs=1e-6)
+    assert metrics["AR100"] < eval.coco_ap(val, detected)["AR100"]
 
 
-def test_coco_ap_refuses_image_ids_the_file_does_not_know(tmp_path):
-    truth = random_truth()
-    path = written(tmp_path, truth)
-    with pytest.raises(util.UserError, match=r"lacks 2 of the scored image ids, first \[5, 77\]") as error:
-        evaluation.coco_ap(path, random_detections(truth, IMAGE_IDS), IMAGE_IDS + [5, 77], CLASS_IDS)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-# ---- matching, precision, recall ---------------------------------------------------------------------------------
-
-class Truth:
-    """Stands in for data.Detections: target(i) of rows (x1, y1, x2, y2, label, crowd)."""
-
-    def __init__(self, *images):
-        self.images = images
-
-    def target(self, i):
-        rows = np.array(self.images[i], np.float32).reshape(-1, 6)
-        return {"boxes": rows[:, :4], "labels": rows[:, 4].astype(np.int64), "crowd": rows[:, 5].astype(bool)}
-
-
-def found(*rows):
-    """Detections of rows (x1, y1, x2, y2, label, score)."""
-    rows = np.array(rows, np.float32).reshape(-1, 6)
-    return {"boxes": rows[:, :4], "labels": rows[:, 4].astype(np.int64), "scores": rows[:, 5]}
-
-
-def outcome(detected, truth, **k):
-    """({score: correct}, number of boxes)"""
-    scores, correct, boxes = evaluation.match_detections(detected, truth, **k)
-    assert scores.shape == correct.shape and correct.dtype == bool
-    return dict(zip(scores.round(3).tolist(), correct.tolist())), boxes
-
-
-def test_match_detections_counts_a_box_found_twice_once_for_the_better_score():
-    truth = Truth([(0, 0, 10, 10, 1, 0)])
-    twice = found((0, 0, 10, 10, 1, 0.3), (0, 0, 10, 9, 1, 0.8))  # the exact one has the lower score
-    assert outcome({0: twice}, truth) == ({0.8: True, 0.3: False}, 1)
-
-
-def test_match_detections_lets_a_second_detection_take_the_box_next_best_to_it():
-    truth = Truth([(0, 0, 10, 10, 1, 0), (3, 0, 13, 10, 1, 0)])
-    near = found((0, 0, 10, 10, 1, 0.8), (1, 0, 11, 10, 1, 0.3))  # both closest to the first box
-    assert outcome({0: near}, truth) == ({0.8: True, 0.3: True}, 2)
-
-
-def test_match_detections_wants_the_class_right_and_the_overlap_large_enough():
-    truth = Truth([(0, 0, 10, 10, 1, 0)])
-    assert outcome({0: found((0, 0, 10, 10, 2, 0.9))}, truth) == ({0.9: False}, 1)
-    assert outcome({0: found((0, 0, 10, 5, 1, 0.9))}, truth) == ({0.9: True}, 1)  # IoU exactly 0.5
-    assert outcome({0: found((0, 0, 10, 4.9, 1, 0.9))}, truth) == ({0.9: False}, 1)
-    assert outcome({0: found((0, 0, 10, 5, 1, 0.9))}, truth, min_iou=0.6) == ({0.9: False}, 1)
-
-
-def test_match_detections_matches_within_an_image_only():
-    truth = Truth([(0, 0, 10, 10, 1, 0)], [(50, 50, 60, 60, 1, 0)])
-    assert outcome({0: found((50, 50, 60, 60, 1, 0.9)), 1: found((50, 50, 60, 60, 1, 0.5))}, truth) == (
-        {0.9: False, 0.5: True}, 2)
-
-
-def test_match_detections_leaves_crowds_out_of_the_boxes_to_find():
-    truth = Truth([(0, 0, 10, 10, 1, 1), (20, 20, 30, 30, 1, 0)])
-    assert outcome({0: found((20, 20, 30, 30, 1, 0.9))}, truth) == ({0.9: True}, 1)
-    assert outcome({0: found((0, 0, 10, 10, 1, 0.9))}, truth) == ({0.9: False}, 1)
-
-
-def test_match_detections_of_images_without_boxes_or_detections():
-    truth = Truth([], [(0, 0, 10, 10, 1, 0)], [(0, 0, 10, 10, 1, 0)])
-    assert outcome({0: found((0, 0, 10, 10, 1, 0.9))}, truth) == ({0.9: False}, 0)  # nothing there to find
-    assert outcome({1: found()}, truth) == ({}, 1)
-    assert outcome({2: {"bad": "damaged"}}, truth) == ({}, 1)  # its boxes are missed all the same
-    assert outcome({}, truth) == ({}, 0)
-
-
-def test_match_detections_at_one_iou_agrees_with_pycocotools(tmp_path):
-    """Recall at IoU 0.5 is AR at that IoU, which COCOeval reports in its recall array; without crowds, one class."""
-    truth = random_truth(8)
-    for a in truth["annotations"]:
-        a.update(category_id=2, iscrowd=0)
-    found = random_detections(truth, IMAGE_IDS)
-    for d in found.values():
-        d["labels"][:] = 0
+def test_ap_of_the_truth_is_one_for_boxes_and_masks(coco_root, tmp_path):
+    val = data.coco(coco_root, "val")
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(written(tmp_path, truth))
-        rows = np.concatenate([np.column_stack([np.full(len(d["scores"]), IMAGE_IDS[i]), d["boxes"][:, :2],
-                                                d["boxes"][:, 2:] - d["boxes"][:, :2], d["scores"],
-                                                np.full(len(d["scores"]), 2)]) for i, d in found.items()])
-        scorer = COCOeval(coco, coco.loadRes(rows), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-    ours = data.load_coco(tmp_path / "truth.json", tmp_path)
-    position = {int(image): i for i, image in enumerate(ours.ids)}
-    scores, correct, boxes = evaluation.match_detections({position[IMAGE_IDS[i]]: d for i, d in found.items()}, ours)
-    assert 0 < correct.sum() < len(correct)
-    assert correct.sum() / boxes == pytest.approx(scorer.eval["recall"][0, 0, 0, 2])  # IoU 0.5, class 2, all sizes, 100
+        coco = COCO(val.source)
+    detected = {}
+    for i in range(len(val)):
+        target = val.target(i)
+        human = ~target["crowd"]
+        rows = coco.loadAnns(coco.getAnnIds(int(val.ids[i])))
+        rles = [coco.annToRLE(row) for row, is_human in zip(rows, human) if is_human]
+        detected[i] = {"boxes": target["boxes"][human], "labels": target["labels"][human]}
+        detected[i] |= {"scores": target["scores"][human], "rles": rles}
+    metrics = eval.coco_ap(val, detected)
+    assert len(metrics) == 24
+    for name in ("AP", "AR100", "mask AP", "mask AR100"):
+        assert metrics[name] == pytest.approx(1), name
+    detected[2]["rles"] = detected[2]["rles"][::-1]  # those of other objects: boxes are still right
+    metrics = eval.coco_ap(val, detected)
+    assert metrics["mask AP"] < 0.99 < metrics["AP"]
+    truth = json.loads((coco_root / "val.json").read_text())
+    del truth["annotations"][2]["segmentation"]
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    metrics = eval.coco_ap(data.read_coco(tmp_path / "val.json", tmp_path), detected)
+    assert list(metrics) == eval.METRICS  # not all objects have one: masks are not scored
 
 
-def test_precision_recall_is_what_counting_gives():
-    scores, correct = np.array([0.9, 0.8, 0.5, 0.3]), np.array([True, False, True, False])
-    rows = evaluation.precision_recall(scores, correct, 4, [0.2, 0.5, 0.85, 0.95])
-    assert [r["threshold"] for r in rows] == [0.2, 0.5, 0.85, 0.95]
-    assert [r["kept"] for r in rows] == [4, 3, 1, 0]  # a score equal to the threshold is kept
-    assert [r["precision"] for r in rows] == pytest.approx([2 / 4, 2 / 3, 1, 0])
-    assert [r["recall"] for r in rows] == pytest.approx([2 / 4, 2 / 4, 1 / 4, 0])
-    assert [r["f1"] for r in rows] == pytest.approx([1 / 2, 4 / 7, 2 / 5, 0])
+# ---- from the network on, by one process and by several ------------------------------------------
 
 
-def test_precision_recall_of_nothing_is_zero_not_an_error():
-    rows = evaluation.precision_recall(np.zeros(0), np.zeros(0, bool), 0, evaluation.THRESHOLDS)
-    assert len(rows) == 19 and all(r["precision"] == r["recall"] == r["f1"] == r["kept"] == 0 for r in rows)
-    assert [rows[0]["threshold"], rows[-1]["threshold"]] == [0.05, 0.95]
+class Stub(torch.nn.Module):
+    """Answers that depend on the pixels of an image alone: boxes; logits of two or three classes a
+    pixel, or an image."""
 
-
-def test_best_threshold_is_the_highest_of_those_with_the_best_f1():
-    def rows(*pairs):
-        return [{"threshold": t, "f1": f} for t, f in pairs]
-    assert evaluation.best_threshold(rows((0.1, 0.2), (0.3, 0.7), (0.5, 0.4))) == 0.3
-    assert evaluation.best_threshold(rows((0.1, 0.7), (0.3, 0.7), (0.5, 0.4))) == 0.3
-    assert evaluation.best_threshold(rows((0.5, 0.7), (0.3, 0.7 - 1e-12), (0.7, 0.7 - 1e-4))) == 0.5
-
-
-# ---- images in, boxes out ----------------------------------------------------------------------------------------
-
-def test_normalise_equals_torchvisions():
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
-    want = torch.stack([tvf.normalize(tvf.to_tensor(p), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for p in pixels])
-    batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    got = evaluation.normalise(batch, torch.device("cpu"))
-    assert got.dtype == torch.float32 and got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-
-
-class Echo(torch.nn.Module):
-    """A detector that finds one thing: class 1 at its third anchor."""
+    def __init__(self, task):
+        super().__init__()
+        self.task = task
 
     def forward(self, images):
-        logits = torch.full((len(images), 4, 2), -10.0)
-        logits[:, 2, 1] = 3.0
-        return logits, torch.zeros(len(images), 4, 4)
+        grey = images.mean(1, keepdim=True)  # (B, 1, S, S)
+        logits = torch.cat([-grey.abs(), -grey, grey], 1)
+        return logits if self.task == "seg" else logits.mean((2, 3))
+
+    def answers(self, images, windows, floor):
+        mean = images.mean((1, 2, 3))
+        boxes = [torch.stack([8 + 2 * m, 8 - m, 40 + m, 44 + m])[None] for m in mean]
+        rows = []
+        for box, m in zip(boxes, mean):
+            rows.append({"boxes": box, "scores": m.sigmoid()[None], "labels": (m > 0).long()[None]})
+        return rows
 
 
-def test_detections_are_in_pixels_of_the_file_and_inside_it_in_the_order_asked_for(tmp_path):
-    sizes = [(100, 200), (64, 32), (128, 128)]  # height, width of files shown to the network at 64 px
-    for i, (h, w) in enumerate(sizes):
-        Image.new("RGB", (w, h), (90, 60, 30)).save(tmp_path / f"{i}.png")
-    (tmp_path / "9.png").write_bytes(b"no image")
-    paths = np.array([str(tmp_path / f"{i}.png").encode() for i in (0, 1, 2, 9)])
-    anchors = torch.zeros(4, 4)
-    anchors[2] = torch.tensor([8.0, 4.0, 60.0, 24.0])
-    net = Echo().train()
-    got = list(evaluation.detections(net, anchors, paths, [2, 0, 3, 1], 64, torch.device("cpu"), torch.float32, batch=3))
-    assert [i for i, _ in got] == [2, 0, 3, 1] and not net.training
-    found = dict(got)
-    assert "9.png" in found[3]["bad"]
-    for i, (h, w) in enumerate(sizes):
-        scale = 64 / max(h, w)
-        want = np.array([8, 4, min(60, w * scale), min(24, h * scale)]) / scale
-        assert found[i]["size"] == (h, w) and found[i]["labels"].tolist() == [1]
-        assert found[i]["boxes"][0] == pytest.approx(want, abs=1e-3)
-        assert found[i]["scores"] == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item())
+# fmt: off
+@pytest.mark.parametrize("task, score, load", [
+    ("det", eval.ap, data.coco), ("seg", eval.mean_iou, data.voc),
+    ("cls", eval.accuracy, data.folder)])
+# fmt: on
+def test_every_number_of_processes_gives_the_same_scores(
+    coco_root, voc_root, class_root, task, score, load
+):
+    root = {"det": coco_root, "seg": voc_root, "cls": class_root}[task]
+    val = load(root, "train").subset(range(6, 24))  # more than a batch
+    net = Stub(task).train()
+    whole = score(net, val, 64, Proc())
+    assert not net.training
+    for world in (2, 3):
+        for proc in turns(world):
+            metrics = score(net, val, 64, proc)
+        assert metrics == whole
 
 
-def test_detect_all_finds_in_every_image_of_a_set_what_detections_finds_in_each(tmp_path):
-    for i in range(3):
-        Image.new("RGB", (64, 48), (0, 0, 90 * i)).save(tmp_path / f"{i}.png")
-    paths = np.array([str(tmp_path / f"{i}.png").encode() for i in range(3)])
-    args = Echo(), torch.tensor([[8.0, 4.0, 60.0, 24.0]] * 4), paths
-    rest = 64, torch.device("cpu"), torch.float32
-    found = evaluation.detect_all(*args, *rest)
-    assert list(found) == [0, 1, 2]
-    for i, d in evaluation.detections(*args, [0, 1, 2], *rest):
-        assert np.array_equal(found[i]["boxes"], d["boxes"])
+@pytest.mark.parametrize("score, load", [(eval.mean_iou, data.voc), (eval.accuracy, data.folder)])
+def test_images_that_cannot_be_read_are_not_scored(voc_root, class_root, score, load, tmp_path):
+    val = load(voc_root if load is data.voc else class_root, "val")
+    keep = [0, 1, 2, 4, 5, 6]
+    net = Stub("seg" if load is data.voc else "cls")
+    whole = score(net, val.subset(keep), 64, Proc())
+    files = val.files.astype("S60")
+    files[3] = b"gone.png"
+    damaged = dataclasses.replace(val, files=files, source=str(tmp_path))
+    assert score(net, damaged.subset([3, *keep]), 64, Proc()) == whole
 
 
-# ---- several classes an image --------------------------------------------------------------------------------------
+def test_a_set_without_objects_has_no_ap_and_the_log_says_so(coco_root, tmp_path, capsys):
+    truth = json.loads((coco_root / "val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**truth, "annotations": []}))
+    val = data.read_coco(tmp_path / "val.json", coco_root / "images")
+    assert eval.ap(Stub("det"), val, 64, Proc())["AP"] == -1
+    assert "AP is undefined" in capsys.readouterr().out
+    assert eval.coco_ap(val, {})["AP"] == -1  # nor where nothing is detected
 
-def test_auroc_is_the_share_of_pairs_in_the_right_order():
+
+# ---- masks and classes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_iou_equals_scikit_learns(seed):
+    rng = np.random.default_rng(seed)
+    K = 5
+    truth, predicted = rng.integers(0, K, (2, 40, 50)).astype(np.uint8)
+    predicted = np.where(rng.random(truth.shape) < 0.6, truth, predicted)
+    truth[rng.random(truth.shape) < 0.1] = 255
+    pair = truth[truth != 255], predicted[truth != 255]
+    confusion = eval.confusion_matrix(predicted, truth, K).numpy()
+    assert (confusion == sklearn.metrics.confusion_matrix(*pair, labels=range(K))).all()
+    scores = eval.iou_of(confusion, list("abcde"))
+    per_class = sklearn.metrics.jaccard_score(*pair, average=None)
+    assert list(scores["IoU"].values()) == pytest.approx(per_class)
+    assert scores["mIoU"] == pytest.approx(per_class.mean())
+    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*pair))
+
+
+def test_a_class_that_is_neither_there_nor_predicted_does_not_count():
+    confusion = eval.confusion_matrix(np.array([[0, 1, 1, 2]]), np.array([[0, 0, 1, 255]]), 3)
+    scores = eval.iou_of(confusion.numpy(), list("abc"))
+    assert scores["IoU"] == {"a": 0.5, "b": 0.5, "c": None} and scores["mIoU"] == 0.5
+    assert eval.iou_of(np.zeros((3, 3), int), list("abc"))["mIoU"] == 0
+
+
+def test_accuracies_equal_scikit_learns(class_root):
+    val = data.folder(class_root, "train").subset(range(5, 20))  # 3 images, 8 and 4
+    predicted = [a["label"] for _, a in answers.classes(Stub("cls"), val, range(15), 64, Proc())]
+    scores = eval.accuracy(Stub("cls"), val, 64, Proc())
+    pair = val.image_class, predicted
+    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*pair))
+    assert scores["balanced"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(*pair))
+    recall = sklearn.metrics.recall_score(*pair, average=None, zero_division=0)
+    assert list(scores["per_class"].values()) == pytest.approx(recall)
+    without = eval.accuracy(Stub("cls"), val.subset(range(11)), 64, Proc())
+    assert without["per_class"]["square"] is None and without["balanced"] == pytest.approx(
+        np.mean([v for v in without["per_class"].values() if v is not None])
+    )
+
+
+@pytest.mark.parametrize("ties", [2, 7, 10**6])
+def test_auroc_equals_scikit_learns_also_with_ties_and_leaves_out_what_is_undefined(ties):
     rng = np.random.default_rng(0)
-    for ties in (2, 7, 10 ** 6):
-        scores, labels = rng.integers(ties, size=(40, 5)) / 7, rng.integers(2, size=(40, 5))
-        labels[:, 1], labels[:, 3], labels[0, 4] = 0, 1, 1
-        found = evaluation.mean_auroc(scores, labels, "abcde")
-        assert found["undefined"] == ["b", "d"]
-        pairs = {}
-        for name, s, y in zip("abcde", scores.T, labels.T):
-            each = [(a > b) + 0.5 * (a == b) for a in s[y == 1] for b in s[y == 0]]
-            pairs[name] = sum(each) / len(each) if each else None
-        assert found["per_class"] == pytest.approx(pairs)
-        assert found["mAUROC"] == pytest.approx(np.mean([pairs[k] for k in "ace"]))
-    assert evaluation.mean_auroc(np.zeros((3, 1)), np.zeros((3, 1)), ["a"])["mAUROC"] is None
+    scores = rng.integers(ties, size=(40, 5)) / 7
+    labels = rng.integers(2, size=(40, 5))
+    labels[:, 1] = 0
+    labels[:, 3] = 1
+    metrics = eval.mean_auroc(scores, labels, "abcde")
+    assert metrics["undefined"] == ["b", "d"]
+    areas = sklearn.metrics.roc_auc_score(labels[:, [0, 2, 4]], scores[:, [0, 2, 4]], average=None)
+    assert [metrics["per_class"][name] for name in "abcde"] == pytest.approx(
+        [areas[0], None, areas[1], None, areas[2]]
+    )
+    assert metrics["mAUROC"] == pytest.approx(areas.mean())
+    assert eval.mean_auroc(np.zeros((3, 1)), np.zeros((3, 1)), ["a"])["mAUROC"] is None

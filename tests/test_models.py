@@ -1,470 +1,411 @@
-"""models.py: parity with torchvision's RetinaNet and its COCO weights, what is shared and what is not, losses in pieces."""
-import json
+"""models.py: parity with torchvision's pyramid and heads, the published NAS-FPN, what is shared and
+what is not, joint training, a step in pieces."""
+
 import math
-import shutil
 
-import numpy as np
 import pytest
+import timm
 import torch
-import torchvision
-from PIL import Image
+import torch.nn.functional as F
 from torch import nn
-from torchvision.models import WeightsEnum
-from torchvision.models.detection import (RetinaNet_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn,
-                                          retinanet_resnet50_fpn_v2)
-from torchvision.transforms.functional import to_tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import detect
 import models
 import ops
-import st
-from util import UserError
 
 
-def tiny(classes=5, seed=0, backbone="resnet10", levels=(3, 6), width=32, depth=2, norm="gn"):
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny(backbone="resnet10", levels=(3, 6), width=32, depth=2, norm="gn", size=64, seed=0):
     torch.manual_seed(seed)
-    return models.RetinaNet(backbone, classes, levels, width, depth, norm=norm, backbone_norm=norm if norm != "none" else "gn")
+    return models.RetinaNet(backbone, 5, size, levels, width, depth, 2.0, norm, norm)
 
 
-def images(b, h=64, w=64, seed=0):
-    return torch.randn(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
+def tiny_segmenter(neck="fpn", levels=(2, 5), stride=4, norm="gn", seed=0):
+    torch.manual_seed(seed)
+    return models.Segmenter("resnet10", 5, levels, 16, 1, neck, stride, norm, norm)
 
 
-# ---- parity with torchvision -------------------------------------------------------------------------------------
-
-def random_coco_state():
-    """A state dict like the COCO file's, with random numbers chosen so that every one matters: signals neither vanish
-    nor explode, and variances are small enough for eps to show."""
-    g = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the convolutions of the backbone are drawn by torchvision
-        state = retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # batch norm is frozen in the file
-    for key in [k for k in state if k.endswith("running_var")]:
-        layer = key.removesuffix("running_var")
-        var = 10 ** (-4 + 2 * torch.rand(state[key].shape, generator=g))  # 1e-4 .. 1e-2
-        gain = 0.3 if layer.endswith(("bn3.", "downsample.1.")) else 1.0
-        state[key], state[layer + "weight"] = var, var.sqrt() * gain * (0.5 + torch.rand(var.shape, generator=g))
-        state[layer + "bias"] = torch.randn(var.shape, generator=g) * 0.1
-        state[layer + "running_mean"] = torch.randn(var.shape, generator=g) * 0.1
-    for key in [k for k in state if k.startswith(("head.", "backbone.fpn."))]:
-        if key.endswith("bias"):
-            state[key] = torch.randn(state[key].shape, generator=g) * 0.1
+def without_norms(net):
+    """Parity is with torchvision's first layout, which has none."""
+    for name, module in list(net.named_children()):
+        if isinstance(module, nn.GroupNorm):
+            setattr(net, name, nn.Identity())
         else:
-            fan_in = state[key][0].numel()
-            gain = {"head.regression_head.bbox_reg.weight": 0.1}.get(key, 1.4 if key.startswith("head.") else 0.7)
-            state[key] = torch.randn(state[key].shape, generator=g) * gain / math.sqrt(fan_in)
-    return state
+            without_norms(module)
+    return net
 
 
-def first_release_names(state):
-    """The same under the names from before torchvision had (conv, norm, relu) blocks, which it still takes."""
-    out = {}
-    for key, value in state.items():
-        for i in range(4):
-            if f"_head.conv.{i}.0." in key:
-                key = key.replace(f"_head.conv.{i}.0.", f"_head.conv.{2 * i}.")
-                break
-            key = key.replace(f"_blocks.{i}.0.", f"_blocks.{i}.")
-        out[key] = value
-    return out
+# ---- RetinaNet -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """(torchvision's network built as for its COCO weights, ours with these weights, the weights), in eval mode."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: first_release_names(random_coco_state()))
-        theirs = retinanet_resnet50_fpn(weights=RetinaNet_ResNet50_FPN_Weights.COCO_V1, weights_backbone=None, min_size=160,
-                                        max_size=224, topk_candidates=5000, detections_per_img=300).eval()
-    ours = models.RetinaNet("resnet50", 91, norm="none", backbone_norm="frozen").eval()
-    ours.load_state_dict(models.from_torchvision(theirs.state_dict()), strict=True)
-    return theirs, ours
+def same_weights(convs, copies):
+    """Random ones; no biases where ours have none, before a norm."""
+    assert len(convs) == len(copies)
+    for a, b in zip(convs, copies):
+        nn.init.normal_(a.weight, std=1 / math.sqrt(a.weight[0].numel()))
+        nn.init.zeros_(a.bias)
+        b.weight = a.weight
+        if b.bias is not None:
+            nn.init.normal_(a.bias)
+            b.bias = a.bias
 
 
-@pytest.fixture(scope="module")
-def outputs(pair):
-    """Both networks' raw outputs on one batch of two images of different width: (images, batch, theirs, ours)."""
-    theirs, ours = pair
-    g = torch.Generator().manual_seed(1)
-    pictures = [torch.rand(3, 160, 224, generator=g), torch.rand(3, 160, 180, generator=g)]  # no resizing at this size
-    batch = theirs.transform(pictures)[0].tensors
-    assert batch.shape == (2, 3, 160, 224)
+def test_pyramid_and_towers_equal_torchvisions():
+    net = without_norms(tiny(levels=(3, 7), width=16).eval())
+    channels = [64, 128, 256]  # of C3..C5
+    pyramid = FeaturePyramidNetwork(channels, 16, LastLevelP6P7(16, 16))
+    head = RetinaNetHead(16, 9, 5)
+    blocks = [*pyramid.inner_blocks, *pyramid.layer_blocks]
+    extra = [pyramid.extra_blocks.p6, pyramid.extra_blocks.p7]
+    convs = [*net.fpn.lateral, *net.fpn.post, *net.fpn.down]
+    same_weights([block[0] for block in blocks] + extra, convs)
+    of_classes, of_boxes = head.classification_head, head.regression_head
+    for tower, reference, final in (
+        (net.classes, of_classes, of_classes.cls_logits),
+        (net.boxes, of_boxes, of_boxes.bbox_reg),
+    ):
+        reference.conv = reference.conv[:2]
+        convs = [block[0] for block in reference.conv]
+        same_weights([*convs, final], [*tower.convs, tower.final])
+    feats = {}
+    for level, c in zip((3, 4, 5), channels):
+        feats[level] = randn(2, c, -(-96 >> level), -(-130 >> level), seed=level)  # odd maps too
+    maps = pyramid({str(level): f for level, f in feats.items()})
+    raw = head(list(maps.values()))
+    logits, deltas = net.heads(feats, None)
+    assert 0.1 < logits.std() < 10 and 0.1 < deltas.std() < 10  # neither nothing nor huge
+    assert torch.allclose(logits, raw["cls_logits"], atol=1e-4)
+    assert torch.allclose(deltas, raw["bbox_regression"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "backbone, levels",
+    [
+        ("resnet10", (3, 7)),
+        ("resnet10", (4, 5)),
+        ("efficientnet_b0", (3, 6)),
+        ("spinenet49S", (3, 7)),
+    ],
+)
+def test_outputs_have_one_row_per_anchor(backbone, levels):
+    net = tiny(backbone, levels, 16, 1, size=96).eval()
+    strides = [2**level for level in range(levels[0], levels[1] + 1)]
+    A = sum(9 * math.ceil(96 / s) ** 2 for s in strides)
     with torch.no_grad():
-        raw = theirs.head(list(theirs.backbone(batch).values()))
-        return pictures, batch, (raw["cls_logits"], raw["bbox_regression"]), ours(batch)
+        logits, deltas = net(randn(2, 3, 96, 96))
+    assert logits.shape == (2, A, 5) and deltas.shape == (2, A, 4) and net.anchors.shape == (A, 4)
+    assert "anchors" not in net.state_dict() and net.inputs == ()
 
 
-def test_raw_outputs_equal_torchvisions_with_its_coco_weights(outputs):
-    for name, theirs, ours in zip(("logits", "deltas"), *outputs[2:]):
-        assert ours.shape == theirs.shape and 0.05 < theirs.std() < 5, (name, theirs.std())  # neither zero nor huge
-        assert (ours - theirs).abs().max() < 1e-4, name
-
-
-def test_detections_equal_torchvisions_with_its_coco_weights(pair, outputs):
-    net, _ = pair
-    pictures, batch, (their_logits, _), (logits, deltas) = outputs
-    # A bias for all classes that lifts some hundred entries over the score threshold, where there is a wide gap.
-    top = their_logits.flatten().sort(descending=True).values[100:600]
-    gap = (top[:-1] - top[1:]).argmax()
-    lift = math.log(0.05 / 0.95) - (top[gap] + top[gap + 1]).item() / 2
-    with torch.no_grad():
-        net.head.classification_head.cls_logits.bias += lift
-        want = net(pictures)
-        net.head.classification_head.cls_logits.bias -= lift
-    anchors, windows = ops.torchvision_anchors(*batch.shape[2:]), torch.tensor([p.shape[1:] for p in pictures])
-    got = ops.detect(logits + lift, deltas, anchors, windows, min_score=0.05, nms_iou=0.5, limit=300)
-    assert 24 < sum(len(w["scores"]) for w in want) < 600 and all(len(w["labels"].unique()) > 1 for w in want)
-    for ours, theirs in zip(got, want):
-        assert len(ours["scores"]) == len(theirs["scores"])
-        assert torch.allclose(ours["scores"], theirs["scores"], atol=1e-4)
-        same = (ours["boxes"][:, None] - theirs["boxes"][None]).abs().amax(2) < 0.05  # (n, n): free order among near ties
-        same &= ours["labels"][:, None] == theirs["labels"][None]
-        same &= (ours["scores"][:, None] - theirs["scores"][None]).abs() < 1e-4
-        assert same.any(0).all() and same.any(1).all()
-
-
-def test_from_torchvision_takes_the_first_releases_names_as_torchvision_does(pair):
-    theirs, _ = pair  # which was filled under those names, by torchvision itself
-    new = theirs.state_dict()
-    old = first_release_names(new)
-    assert len(old) == len(new) and len(old.keys() - new.keys()) == 2 * (3 + 3 + 4 + 4)
-    want, got = models.from_torchvision(new), models.from_torchvision(old)
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-
-
-def test_from_torchvision_refuses_a_key_it_does_not_know():
-    with pytest.raises(KeyError, match="head.mask_head.weight"):
-        models.from_torchvision({"head.mask_head.weight": torch.zeros(1)})
-
-
-def test_from_torchvision_with_a_variance_near_zero_is_finite():
-    state = {f"backbone.body.bn1.{k}": torch.full((2,), v) for k, v in (("weight", 1e-9), ("running_var", 5.6e-45))}
-    scale = models.from_torchvision(state)["backbone.bn1.weight"] / math.sqrt(5.6e-45 + 1e-5)
-    assert scale.isfinite().all() and torch.allclose(scale, torch.tensor(1e-9 / math.sqrt(5.6e-45)), rtol=1e-2)
-
-
-def test_from_torchvision_leaves_the_tensors_it_is_given_alone():
-    state = random_coco_state()
-    before = {k: v.clone() for k, v in state.items()}
-    assert not torch.equal(models.from_torchvision(state)["backbone.bn1.weight"], before["backbone.body.bn1.weight"])
-    assert all(torch.equal(state[k], before[k]) for k in before)
-
-
-# ---- torchvision's COCO weights as a ready teacher ---------------------------------------------------------------
-
-NO_CLASS = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # torchvision's outputs that are no category of COCO
-SEEN = (0, 1, 3, 12, 13, 44, 77, 90)  # outputs made to find something: the first and the last class, and two that are none
-
-
-@pytest.fixture(scope="module")
-def coco_teacher(tmp_path_factory):
-    """torchvision's detector as it comes with its COCO weights, its state dict in a file, a landscape and a portrait image,
-    and what it finds on each: (file, folder of images, {name: detections})."""
-    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
-    (root / "images").mkdir()
-    for name, (w, h) in (("landscape", (120, 100)), ("portrait", (80, 240))):  # the second at the limit of 1333 pixels
-        rough = rng.integers(0, 256, (h // 20, w // 20, 3), dtype=np.uint8)
-        Image.fromarray(rough).resize((w, h), Image.Resampling.BICUBIC).save(root / "images" / f"{name}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: random_coco_state())
-        net = retinanet_resnet50_fpn(weights=RetinaNet_ResNet50_FPN_Weights.COCO_V1, weights_backbone=None).eval()
-    pictures = {path.stem: to_tensor(Image.open(path)) for path in sorted((root / "images").iterdir())}
-    with torch.no_grad():
-        logits = []
-        for picture in pictures.values():
-            batch = net.transform([picture])[0].tensors
-            assert batch.shape[2:] == {120: (800, 960), 80: (1344, 448)}[picture.shape[2]]  # padded to multiples of 32
-            logits.append(net.head(list(net.backbone(batch).values()))["cls_logits"][0])
-        logits, lift = torch.cat(logits), torch.full((91,), -30.0)
-        for k in SEEN:  # some dozens of entries over the score threshold, where there is a wide gap
-            top = logits[:, k].topk(60).values[20:]
-            gap = (top[:-1] - top[1:]).argmax()
-            lift[k] = math.log(0.05 / 0.95) - (top[gap] + top[gap + 1]) / 2
-        net.head.classification_head.cls_logits.bias += lift.repeat(9)
-        torch.save(net.state_dict(), root / "retinanet.pth")
-        return root / "retinanet.pth", root / "images", {k: net([picture])[0] for k, picture in pictures.items()}
-
-
-@pytest.fixture(scope="module")
-def labelled(coco_teacher, tmp_path_factory):
-    file, folder, _ = coco_teacher
-    out = tmp_path_factory.mktemp("labels") / "out"
-    st.main(["--mode", "pseudo", "--ckpt", str(file), "--unlabeled", str(folder), "--out", str(out), "--threshold", "0.05",
-             "--precision", "fp32", "--workers", "0"])
-    return json.loads((out / "pseudo.json").read_text())
-
-
-def test_torchvisions_coco_weights_label_a_folder_as_torchvision_does(coco_teacher, labelled):
-    names = {im["id"]: im["file_name"].partition(".")[0] for im in labelled["images"]}
-    assert sorted(names.values()) == ["landscape", "portrait"]
-    for image, name in names.items():
-        theirs = coco_teacher[2][name]
-        real = torch.tensor([label not in NO_CLASS for label in theirs["labels"].tolist()])
-        assert 0 < (~real).sum() and len(theirs["labels"][real].unique()) > 3 and 24 < real.sum() and len(real) < 300
-        theirs = {k: v[real] for k, v in theirs.items()}
-        rows = [a for a in labelled["annotations"] if a["image_id"] == image]
-        assert len(rows) == len(theirs["scores"])
-        boxes = torch.tensor([a["bbox"] for a in rows])
-        boxes[:, 2:] += boxes[:, :2]
-        same = (boxes[:, None] - theirs["boxes"][None]).abs().amax(2) < 1e-3  # (n, n): free order among near ties
-        same &= torch.tensor([a["category_id"] for a in rows])[:, None] == theirs["labels"][None]
-        same &= (torch.tensor([a["score"] for a in rows])[:, None] - theirs["scores"][None]).abs() < 1e-3
-        assert same.any(0).all() and same.any(1).all()
-
-
-def test_torchvisions_coco_weights_bring_the_80_categories_of_coco(labelled):
-    categories = {c["id"]: c["name"] for c in labelled["categories"]}
-    assert list(categories) == [i for i in range(91) if i not in NO_CLASS]
-    assert len(set(categories.values())) == 80 and "N/A" not in categories.values()
-    assert [categories[i] for i in (1, 11, 13, 44, 90)] == ["person", "fire hydrant", "stop sign", "bottle", "toothbrush"]
-
-
-def test_torchvisions_coco_weights_are_scored_on_a_coco_file(coco_teacher, labelled, tmp_path, capsys):
-    shutil.copytree(coco_teacher[1], tmp_path / "images")
-    for split in ("train", "val"):  # its own detections as the truth
-        (tmp_path / f"{split}.json").write_text(json.dumps({**labelled, "info": {}}))
-    st.main(["--mode", "eval", "--ckpt", str(coco_teacher[0]), "--data", "coco", "--root", str(tmp_path), "--precision", "fp32",
-             "--workers", "0"])
-    printed = capsys.readouterr().out
-    scores = json.loads(printed[printed.index("{"):])
-    assert "torchvision's COCO detector" in printed and scores["AP"] > 0.999 and scores["AR100"] > 0.999
-
-
-def test_a_checkpoint_of_torchvisions_training_script_is_read_like_the_bare_weights(coco_teacher, tmp_path):
-    bare = torch.load(coco_teacher[0], weights_only=True)
-    torch.save({"model": bare, "optimizer": {}, "epoch": 25}, tmp_path / "model_25.pth")
-    want, got = st.read_checkpoint(coco_teacher[0])["model"], st.read_checkpoint(tmp_path / "model_25.pth")["model"]
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-
-
-def hollow(build, **options):
-    """The state dict of a network in all but its values, small and quickly made."""
-    with torch.device("meta"):
-        state = build(weights=None, **options).state_dict()
-    return {k: torch.zeros(()).expand(v.shape) for k, v in state.items()}
-
-
-def retinanet_state(**options):
-    return hollow(retinanet_resnet50_fpn, weights_backbone=None, **options)
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-@pytest.mark.parametrize("given, match", [
-    (lambda _: retinanet_state(num_classes=21), "has 21 class outputs; only COCO's 91"),
-    (lambda _: dict([*retinanet_state().items()][::2]), "missing [0-9]+ \\(|0 class outputs"),
-    (lambda _: {k: v for k, v in retinanet_state().items() if "fpn" not in k}, "missing 16 \\(fpn.lateral.0.weight"),
-    (lambda _: {**retinanet_state(), "head.mask.weight": torch.zeros(1)}, "head.mask.weight"),
-    (lambda _: {**retinanet_state(), "backbone.body.conv2.weight": torch.zeros(1)}, "unexpected 1 \\(backbone.conv2.weight\\)"),
-    (lambda _: {**retinanet_state(), "backbone.body.conv1.weight": torch.zeros(1)}, "conv1.weight is \\(1,\\) in the file"),
-    (lambda _: hollow(retinanet_resnet50_fpn_v2, weights_backbone=None), "retinanet_resnet50_fpn"),
-    (lambda _: hollow(fasterrcnn_resnet50_fpn, weights_backbone=None), "neither a checkpoint of st.py nor"),
-    (lambda _: hollow(torchvision.models.resnet50), "neither a checkpoint of st.py nor"),
-    (lambda _: {"model": retinanet_state(num_classes=21), "epoch": 3}, "has 21 class outputs"),
-    (lambda _: {"class_ids": [1]}, "neither a checkpoint of st.py nor"),
-    (lambda _: torch.zeros(3), "neither a checkpoint of st.py nor"),
-    (lambda _: nn.Linear(2, 2), "unsafe unpickling is refused"),
-    (lambda mark: {"head.weight": Payload(mark)}, "unsafe unpickling is refused"),
-    (None, "is not a checkpoint|more than plain tensors"), ("nowhere", "does not exist")], ids=[
-        "21 classes", "every other key", "no pyramid", "a key more", "a layer more", "another shape", "retinanet v2",
-        "faster r-cnn", "resnet50", "training checkpoint",
-        "class ids", "tensor", "module", "code", "garbage", "nowhere"])
-def test_what_are_not_torchvisions_coco_weights_is_refused_in_one_line(given, match, tmp_path):
-    file = tmp_path / "given.pth"
-    if callable(given):
-        torch.save(given(str(tmp_path / "ran")), file)
-    elif given is None:
-        file.write_bytes(b"garbage" * 99)
-    for mode in ("pseudo", "eval"):
-        with pytest.raises(UserError, match=f"--ckpt.*given.pth.*({match})") as error:
-            st.main(["--mode", mode, "--ckpt", str(file), "--unlabeled", str(tmp_path), "--out", str(tmp_path / "out")])
-        assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
-
-
-# ---- shapes and layout -------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("backbone, levels", [("resnet10", (3, 7)), ("resnet10", (3, 6)), ("resnet10", (4, 5)),
-                                              ("efficientnet_b0", (3, 7))])
-@pytest.mark.parametrize("h, w", [(64, 64), (96, 160), (97, 131), (33, 65)])
-def test_outputs_have_one_row_per_anchor_for_any_size(backbone, levels, h, w):
-    net = tiny(5, backbone=backbone, levels=levels, width=16, depth=1).eval()
-    with torch.no_grad():
-        pyramid = net.fpn(net.backbone(images(2, h, w)))
-        logits, deltas = net(images(2, h, w))
-    strides = [2 ** l for l in range(levels[0], levels[1] + 1)]
-    assert [tuple(p.shape[2:]) for p in pyramid] == [(math.ceil(h / s), math.ceil(w / s)) for s in strides]
-    A = len(ops.make_anchors(h, w, levels))
-    assert logits.shape == (2, A, 5) and deltas.shape == (2, A, 4) and len(ops.torchvision_anchors(h, w, levels)) == A
+@pytest.mark.parametrize("h, w", [(97, 131), (33, 65)])
+def test_a_pyramid_has_every_size_rounded_up(h, w):
+    net = tiny(levels=(3, 7), width=16).eval()
+    maps = net.fpn(net.backbone(randn(1, 3, h, w)))
+    sizes = [(math.ceil(h / 2**level), math.ceil(w / 2**level)) for level in range(3, 8)]
+    assert [tuple(p.shape[2:]) for p in maps] == sizes
 
 
 def test_rows_of_a_tower_stand_at_the_places_of_the_anchors():
-    """Maps that hold their own x, y and level, and a last convolution that copies them and adds the anchor's number."""
+    """Maps that hold their own x, y and level, and a last convolution that copies them and adds the
+    anchor's number."""
     levels, (H, W) = (3, 5), (64, 96)
-    tower = models.Tower(3, 3, 0, 9, 4, "none", 3, 0.0, 0.0)
+    tower = models.Tower(3, 3, 0, 4, "gn", 3)
+    maps = []
     with torch.no_grad():
+        tower.final.weight.zero_()
         for a in range(9):
             for c in range(3):
                 tower.final.weight[a * 4 + c, c, 1, 1] = 1
             tower.final.bias[a * 4 + 3] = a
-        maps = []
         for level in range(3, 6):
             y, x = torch.meshgrid(torch.arange(H >> level), torch.arange(W >> level), indexing="ij")
             maps.append(torch.stack([x, y, torch.full_like(x, level)]).float()[None])
         x, y, level, a = tower(maps)[0].T  # (A,) each
-    anchors, stride = ops.make_anchors(H, W, levels), 2 ** level
+    anchors = ops.make_anchors(H, W, levels)
+    stride = 2**level
     assert torch.allclose((anchors[:, 0] + anchors[:, 2]) / 2, (x + 0.5) * stride, atol=1e-3)
     assert torch.allclose((anchors[:, 1] + anchors[:, 3]) / 2, (y + 0.5) * stride, atol=1e-3)
-    side = ((anchors[:, 2:] - anchors[:, :2]).prod(1)).sqrt()
-    assert torch.allclose(side, 4 * stride * 2 ** ((a // 3) / 3), rtol=1e-4)  # scale-major, ratio within
+    side = (anchors[:, 2:] - anchors[:, :2]).prod(1).sqrt()
+    assert torch.allclose(side, 4 * stride * 2 ** ((a // 3) / 3), rtol=1e-4)  # scale, then ratio
 
 
-# ---- what is shared, what is separate ----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("norm, kind", [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm), ("none", nn.Identity)])
+@pytest.mark.parametrize("norm, kind", [("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm)])
 def test_towers_share_convolutions_and_have_a_norm_per_level_and_layer(norm, kind):
     net = tiny(levels=(3, 7), depth=3, norm=norm)
     for tower in (net.classes, net.boxes):
         assert len([m for m in tower.modules() if isinstance(m, nn.Conv2d)]) == 3 + 1
-        norms = [m for m in tower.modules() if isinstance(m, kind)]
-        assert len(norms) == len({id(m) for m in norms}) == 5 * 3
-        assert all((c.bias is not None) == (norm == "none") for c in tower.convs)
+        assert len({id(m) for m in tower.modules() if isinstance(m, kind)}) == 5 * 3
+        assert all(conv.bias is None for conv in tower.convs)
     assert len([m for m in net.fpn.modules() if isinstance(m, kind)]) == 5
 
 
-def test_tower_norm_of_one_level_acts_on_that_level_only_while_a_convolution_acts_on_all():
-    net, x = tiny(levels=(3, 6), norm="bn").eval(), images(1)
-    rows = [(64 >> l) ** 2 * 9 for l in range(3, 7)]
+@torch.no_grad()
+def test_a_towers_norm_acts_on_one_level_and_its_convolutions_on_all():
+    net = tiny(norm="bn").eval()
+    x = randn(1, 3, 64, 64)
+    rows = [(64 >> level) ** 2 * 9 for level in range(3, 7)]
 
     def changed_levels(parameter):
-        with torch.no_grad():
-            before = net(x)[0]
-            parameter += 0.5
-            after = net(x)[0]
-            parameter -= 0.5
-        return [bool((a != b).any()) for a, b in zip(before.split(rows, 1), after.split(rows, 1))]
+        before = net(x)[0].split(rows, 1)
+        parameter += 0.5
+        after = net(x)[0].split(rows, 1)
+        return [not torch.equal(a, b) for a, b in zip(after, before)]
+
+    nn.init.normal_(net.classes.final.weight, std=0.1)
     assert changed_levels(net.classes.norms[1][0].bias) == [False, True, False, False]
     assert changed_levels(net.classes.convs[0].weight) == [True] * 4
     assert changed_levels(net.boxes.convs[0].weight) == [False] * 4  # the towers share nothing
 
 
-def test_top_down_path_reaches_every_finer_level_and_no_coarser_one():
-    net = tiny(levels=(3, 6), norm="none").eval()
-    feats = {l: torch.randn(1, c, 64 >> l, 64 >> l) for l, c in net.backbone.channels.items()}
-    with torch.no_grad():
-        base = net.fpn(feats)
-        reached = {l: [bool((a != b).any()) for a, b in zip(base, net.fpn({**feats, l: feats[l] + 1}))] for l in feats}
-    assert reached == {2: [False] * 4, 3: [True, False, False, False], 4: [True, True, False, False], 5: [True] * 4}
+@torch.no_grad()
+def test_the_top_down_path_reaches_every_finer_level_and_no_coarser_one():
+    fpn = without_norms(tiny().fpn)
+    feats = {}
+    for level, c in ((2, 32), (3, 64), (4, 128), (5, 256)):
+        feats[level] = randn(1, c, 64 >> level, 64 >> level)
+    base = fpn(feats)
+    reached = {}
+    for level in feats:
+        maps = fpn({**feats, level: feats[level] + 1})
+        reached[level] = [not torch.equal(a, b) for a, b in zip(maps, base)]
+    assert reached[2] == [False] * 4 and reached[5] == [True] * 4
+    assert reached[3] == [True, False, False, False] and reached[4] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn", "none"])
+@pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_initial_scores_are_the_prior(norm):
-    net = tiny(norm=norm)
     with torch.no_grad():
-        logits, deltas = net(images(2))
-    assert logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.05)
-    assert logits.sigmoid().min() > 0.008 and logits.sigmoid().max() < 0.0125 and deltas.abs().max() < 0.3
+        logits, deltas = tiny(norm=norm)(randn(2, 3, 64, 64))
+    scores = logits.sigmoid()
+    assert scores.mean().item() == pytest.approx(0.01, rel=0.05)
+    assert scores.min() > 0.008 and scores.max() < 0.0125 and deltas.abs().max() < 0.3
 
 
-@pytest.mark.parametrize("backbone_norm, frozen", [("bn", False), ("gn", False), ("frozen", False), ("bn", True)])
-def test_weight_decay_groups_partition_the_trainable_parameters_into_kernels_and_the_rest(backbone_norm, frozen):
-    net = models.RetinaNet("resnet10", 5, (3, 6), 32, 2, norm="bn", backbone_norm=backbone_norm)
-    if frozen:
-        net.backbone.requires_grad_(False)
+@torch.no_grad()
+def test_answers_are_the_networks_outputs_decoded_and_clipped():
+    net = tiny().eval()
+    nn.init.normal_(net.classes.final.weight, std=0.3)
+    images = randn(2, 3, 64, 64)
+    windows = torch.tensor([[64.0, 20.0], [30.0, 64.0]])
+    logits, deltas = net(images)
+    want = ops.detect(logits, deltas, net.anchors, windows, 0.02, limit=30)
+    for got, rows, (h, w) in zip(net.answers(images, windows, 0.02, 30), want, windows.tolist()):
+        assert all(torch.equal(got[name], rows[name]) for name in rows)
+        assert len(got["scores"]) == 30 and (got["boxes"][:, 2:] <= torch.tensor([w, h])).all()
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "frozen"])
+def test_weight_decay_is_for_the_trained_kernels_alone(norm):
+    net = models.RetinaNet("resnet10", 5, 64, (3, 6), 32, 2, 2.0, "bn", norm)
+    net.backbone.conv1.weight.requires_grad_(False)
     decayed, free = models.weight_decay_groups(net, 1e-4)
     assert decayed["weight_decay"] == 1e-4 and free["weight_decay"] == 0
-    kernels = {id(m.weight) for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad}
-    listed = [id(p) for group in (decayed, free) for p in group["params"]]
-    assert {id(p) for p in decayed["params"]} == kernels
-    assert sorted(listed) == sorted(id(p) for p in net.parameters() if p.requires_grad) and len(listed) == len(set(listed))
-    assert 0 < len(free["params"])
+    kernels = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in kernels if p.requires_grad}
+    listed = [id(p) for p in [*decayed["params"], *free["params"]]]
+    assert sorted(listed) == sorted(id(p) for p in net.parameters() if p.requires_grad)
 
 
 def test_with_group_norm_images_of_a_batch_do_not_see_each_other():
-    x = images(2)
-    other = torch.cat([x[:1], images(1, seed=9) * 3])
-    for norm, independent in (("gn", True), ("bn", False)):  # batch norm shows that the test can tell
+    x = randn(2, 3, 64, 64)
+    changed = torch.cat([x[:1], 3 * randn(1, 3, 64, 64, seed=9)])
+    for norm, independent in (("gn", True), ("bn", False)):  # bn shows that the test can tell
         net = tiny(norm=norm).train()
         with torch.no_grad():
             nn.init.normal_(net.classes.final.weight, std=0.1)
-            same = torch.allclose(net(x)[0][0], net(other)[0][0], atol=1e-5)
+            same = torch.allclose(net(x)[0][0], net(changed)[0][0], atol=1e-5)
         assert same == independent, norm
 
 
-# ---- a step in pieces --------------------------------------------------------------------------------------------
-
-def labelled_batch():
-    """Four images: two human (one of them empty), two pseudo-labelled, with different numbers of boxes."""
-    g = torch.Generator().manual_seed(3)
-    low = torch.rand(4, 3, 2, generator=g) * 40
-    labels = torch.randint(0, 5, (4, 3), generator=g)
-    for i, n in enumerate([3, 1, 0, 2]):
-        labels[i, n:] = -1
-    boxes = torch.cat([low, low + 8 + 16 * torch.rand(4, 3, 2, generator=g)], -1)
-    return {"images": images(4), "boxes": boxes, "labels": labels, "part": torch.tensor([0, 1, 0, 1])}
+# ---- Segmenter, Classifier -----------------------------------------------------------------------
 
 
-def gradients(pieces, averages):
-    """Gradients of a step of st.train, the batch cut into `pieces`; averages: None for human labels only."""
-    net, batch, anchors = tiny(), labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
+@pytest.mark.parametrize(
+    "name, millions, gflops", [("tf_efficientnet_b7", 71, 60), ("tf_efficientnet_l2", 485, 229)]
+)
+def test_nasfpn_segmenters_have_the_published_size(name, millions, gflops):
+    """Zoph et al., Table 6. Its parameters are those of the whole EfficientNet, the classifier that
+    a segmenter leaves out included."""
+    with torch.device("meta"):
+        net = models.Segmenter(name, 21).eval()
+        classifier = timm.create_model(name)
+        with FlopCounterMode(display=False) as counter:
+            assert net(torch.zeros(1, 3, 512, 512)).shape == (1, 21, 128, 128)
+
+    def size(module):
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    whole = size(net) - size(net.backbone) + size(classifier)
+    assert whole == pytest.approx(millions, rel=0.02)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.02)
+
+
+def test_a_nasfpn_cell_is_the_published_graph():
+    """Written out node by node, from the figure's list, with the network's own convolutions."""
+    torch.manual_seed(0)
+    net = models.NASFPN({3: 8, 4: 12, 5: 16}, 8, "gn", repeats=1).eval()
+    feats = {3: randn(1, 8, 32, 32), 4: randn(1, 12, 16, 16), 5: randn(1, 16, 8, 8)}
+    p3, p4, p5 = (lateral(feats[level]) for level, lateral in zip((3, 4, 5), net.lateral))
+    p6 = F.max_pool2d(p5, 2)
+    p7 = F.max_pool2d(p6, 2)
+
+    def up(x, like):
+        return F.interpolate(x, like.shape[-2:], mode="nearest")
+
+    def down(x, levels):
+        return F.max_pool2d(x, 2**levels)
+
+    def attend(coarse, fine):
+        peak = coarse.flatten(2).max(2).values[..., None, None]
+        return coarse + fine * torch.sigmoid(peak)
+
+    def conv(k, x):
+        return net.cells[0][k](x.clamp(min=0))
+
+    n5 = conv(0, attend(up(p6, p4), p4))
+    n6 = conv(1, p4 + n5)
+    n7 = conv(2, p3 + up(n6, p3))
+    n8 = conv(3, n6 + down(n7, 1))
+    n9 = conv(4, attend(down(n8, 1), down(n7, 2)) + p5)
+    n10 = conv(5, attend(down(n9, 2), down(n6, 3)) + p7)
+    n11 = conv(6, attend(up(n10, p6), down(n9, 1)))
+    for got, want in zip(net(feats), (n7, n8, n9, n11, n10)):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("neck, levels", [("fpn", (2, 5)), ("nasfpn", (3, 7))])
+@pytest.mark.parametrize("stride, h, w", [(4, 64, 96), (4, 65, 47), (1, 64, 96), (1, 66, 46)])
+def test_logits_of_pixels_are_at_the_stride_for_any_size(neck, levels, stride, h, w):
+    net = tiny_segmenter(neck, levels, stride).eval()
+    want = (2, 5, math.ceil(h / stride), math.ceil(w / stride))
+    assert net(torch.zeros(2, 3, h, w)).shape == want
+
+
+@torch.no_grad()
+def test_at_stride_1_a_pixel_is_seen_by_its_own_logits_first():
+    net = tiny_segmenter(stride=1).eval()
+    nn.init.zeros_(net.reduce[0].weight)  # the shallow branch alone
+    x = randn(1, 3, 64, 64)
+    changed = x.clone()
+    changed[..., 21, 40] += 9
+    moved = (net(x) - net(changed)).abs().amax((0, 1)) > 0.2  # group norm moves all a little
+    y, x = moved.nonzero(as_tuple=True)
+    assert len(y) and (y - 21).abs().max() <= 6 and (x - 40).abs().max() <= 6
+
+
+@torch.no_grad()
+def test_logits_of_images_are_linear_in_the_mean_of_the_last_level():
+    net = models.Classifier("resnet10", 5, "gn").eval()
+    x = randn(2, 3, 64, 96)
+    want = net.backbone(x)[5].flatten(2).mean(2) @ net.final.weight.T + net.final.bias
+    assert want.shape == (2, 5) and torch.allclose(net(x), want, atol=1e-6)
+
+
+# ---- joint training ------------------------------------------------------------------------------
+
+
+def joint_batch():
+    """Two human-labelled, two pseudo-labelled and two classified images."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 5, (6, 64, 64), generator=g, dtype=torch.uint8)
+    mask[4:] = 255  # as of data.collate
+    low = 40 * torch.rand(6, 2, 2, generator=g)
+    labels = torch.tensor([[0, 4], [2, -1], [1, 3], [-1, -1], [-1, -1], [-1, -1]])
+    return {
+        "images": randn(6, 3, 64, 64),
+        "part": torch.tensor([0, 0, 1, 1, 2, 2]),
+        "mask": mask,
+        "boxes": torch.cat([low, low + 16], 2),
+        "labels": labels,
+        "image_class": torch.tensor([-1, -1, -1, -1, 3, 0]),
+    }
+
+
+def of_parts(values, part):
+    """Sums of each part, for each image of it."""
+    return torch.zeros(3).index_add(0, part, values)[part]
+
+
+JOINT = {  # network, its targets and losses
+    "seg": (tiny_segmenter, ops.pixel_targets, ops.pixel_losses),
+    "det": (tiny, ops.match_anchors, ops.box_losses),
+}
+
+
+def joint_losses(task):
+    build, targets_of, losses_of = JOINT[task]
+    net = build()
+    net.joint = nn.Linear(256, 5)
+    batch = joint_batch()
+    targets, losses = models.joined(targets_of, losses_of)
+    wanted, count = targets(batch, net)
+    model = models.Joint(net)
+    outputs = model(batch["images"], *[wanted[name] for name in model.inputs])
+    return net, batch, losses(outputs, wanted, of_parts(count, batch["part"]), net)
+
+
+@pytest.mark.parametrize("task", JOINT)
+def test_each_loss_of_joint_training_is_that_of_its_task_alone(task):
+    net, batch, terms = joint_losses(task)
+    _, targets_of, losses_of = JOINT[task]
+    wanted, count = targets_of(batch, net)
+    want = losses_of(net(batch["images"]), wanted, of_parts(count, batch["part"]), net)
+    assert torch.allclose(terms[:4], want[:4], rtol=1e-4) and (want[:4, 0] > 0).all()
+    logits = net.joint(net.backbone(batch["images"])[5].mean((2, 3)))[4:]
+    want = F.cross_entropy(logits, batch["image_class"][4:])
+    assert terms[4:, 0].sum().item() == pytest.approx(want.item(), rel=1e-5)
+    assert not terms[4:, 1:].any()
+
+
+@pytest.mark.parametrize("task", JOINT)
+def test_classification_reaches_the_backbone_and_no_head_but_its_own(task):
+    net, _, terms = joint_losses(task)
+    terms[4:].sum().backward()
+    reached = set()
+    for name, p in net.named_parameters():
+        if p.grad is not None and p.grad.any():
+            reached.add(name.partition(".")[0])
+    assert reached == {"backbone", "joint"}
+
+
+# ---- a step in pieces ----------------------------------------------------------------------------
+
+
+def gradients(pieces, joint):
+    """Gradients of a step of two parts that is cut into so many pieces."""
+    net = tiny()
+    batch = {name: value[:4] for name, value in joint_batch().items()}
+    part = torch.tensor([0, 1, 0, 1])
     with torch.no_grad():
-        for tower in (net.classes, net.boxes):
-            nn.init.normal_(tower.final.weight, std=0.05)  # from 1e-5 hardly any gradient would reach the rest
-    if averages is None:
-        batch["part"] = torch.zeros(4, dtype=torch.int64)
-    targets, positives = detect.assign(batch, anchors)
+        for tower in (net.classes, net.boxes):  # from 1e-5 hardly any gradient would pass
+            nn.init.normal_(tower.final.weight, std=0.05)
+    targets, count = ops.match_anchors(batch, net)
+    count = of_parts(count, part)
     total = 0.0
     for rows in torch.arange(4).chunk(pieces):
-        part = batch["part"][rows]
-        each = detect.losses_of(net(batch["images"][rows]), {k: v[rows] for k, v in targets.items()}, part, positives, anchors)
-        human, pseudo = each[part == 0].sum(), each[part == 1].sum()
-        loss = human if averages is None else ops.joint_loss([human, pseudo], averages, 0.7)
+        wanted = {name: value[rows] for name, value in targets.items()}
+        terms = ops.box_losses(net(batch["images"][rows]), wanted, count[rows], net)
+        loss = joint(torch.zeros(2).index_add(0, part[rows], terms.sum(1)))
         loss.backward()
         total += loss.item()
-    return total, {k: p.grad for k, p in net.named_parameters()}
+    return total, {name: p.grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("averages", [None, (0.0, 0.0, 0.0), (0.5, 2.0, 0.1)], ids=["human", "joint first step", "joint"])
-def test_a_step_in_pieces_has_the_gradients_of_the_whole(averages):
-    averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)
-    loss, whole = gradients(1, averages)
-    assert all(g is not None for g in whole.values()) and sum(g.abs().max() > 1e-3 for g in whole.values()) > len(whole) / 2
+@pytest.mark.parametrize("losses", [(), (0.5, 2.0)], ids=["first step", "later"])
+def test_a_step_in_pieces_has_the_gradients_of_the_whole(losses):
+    joint = ops.JointLoss(2, 0.7)
+    if losses:
+        joint.update(torch.tensor(losses))
+    loss, whole = gradients(1, joint)
+    assert sum(g.abs().max() > 1e-3 for g in whole.values()) > len(whole) / 2
     for pieces in (2, 4):
-        split_loss, split = gradients(pieces, averages)
-        assert split_loss == pytest.approx(loss, rel=1e-5)
-        for k in whole:
-            assert (split[k] - whole[k]).abs().max() <= 1e-5 * max(1, whole[k].abs().max()), k
-
-
-def test_losses_are_divided_by_the_positives_of_their_own_part_plus_one():
-    batch, anchors = labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
-    targets, positives = detect.assign(batch, anchors)
-    matched, classes = targets["matched"], targets["classes"]
-    count = [int((matched[batch["part"] == p] >= 0).sum()) for p in (0, 1, 2)]
-    assert positives.tolist() == count and count[0] != count[1] and min(count[:2]) > 0
-    logits, deltas = torch.randn(4, len(anchors), 5), torch.randn(4, len(anchors), 4)
-    got = detect.losses_of((logits, deltas), targets, batch["part"], positives, anchors)
-    focal, box = ops.focal_loss(logits, classes), ops.box_loss(deltas, batch["boxes"], anchors, matched)
-    for i, p in enumerate(batch["part"].tolist()):
-        want = torch.stack([focal[i] / (count[p] + 1), 50 * box[i] / (4 * (count[p] + 1))])
-        assert torch.allclose(got[i], want)
-
-
-def test_assign_names_the_class_of_each_positive_anchors_box():
-    batch, anchors = labelled_batch(), ops.make_anchors(64, 64, (3, 6), 2.0)
-    matched, classes = (detect.assign(batch, anchors)[0][k] for k in ("matched", "classes"))
-    for i in range(4):
-        for a in range(len(anchors)):
-            m = int(matched[i, a])
-            assert classes[i, a] == (batch["labels"][i, m] if m >= 0 else m)
-    assert (matched[2] == ops.NEGATIVE).all() and (classes[0] >= 0).any()
-    empty = {**batch, "boxes": torch.zeros(4, 0, 4), "labels": torch.zeros(4, 0, dtype=torch.int64)}
-    targets, positives = detect.assign(empty, anchors)
-    assert (targets["classes"] == ops.NEGATIVE).all() and positives.tolist() == [0, 0, 0]
+        total, split = gradients(pieces, joint)
+        assert total == pytest.approx(loss, rel=1e-5)
+        for name, g in whole.items():
+            assert (split[name] - g).abs().max() <= 1e-5 * max(1, g.abs().max()), name

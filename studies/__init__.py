@@ -1,0 +1,1 @@
+"""The papers' tables as lists of commands: python -m studies.zoph, python -m studies.reed."""
