@@ -207,8 +207,8 @@ def parse_coco(value, path, image_dir, like, instances):
     sizes = np.array([[im["height"], im["width"]] for im in records], np.int32).reshape(-1, 2)
 
     rows = value["annotations"]
-    nowhere = [np.nan] * 4  # some exports write [] or null
-    xywh = [a["bbox"] if len(a["bbox"] or ()) == 4 else nowhere for a in rows]
+    nowhere = [np.nan] * 4
+    xywh = [a["bbox"] if is_box(a["bbox"]) else nowhere for a in rows]
     image, image_known = look_up(ids, [a["image_id"] for a in rows])
     label, label_known = look_up(np.array(class_ids), [a["category_id"] for a in rows])
     reasons = {"unknown image id": ~image_known, "unknown category id": ~label_known}
@@ -243,6 +243,11 @@ def parse_coco(value, path, image_dir, like, instances):
 
 CLASSES_DIFFER = "use files that belong together"
 ASK = "which a recipe with masks learns from; take one without"
+
+
+def is_box(bbox):
+    """Four finite numbers: some exports write [] or null."""
+    return len(bbox or ()) == 4 and bool(np.isfinite(np.array(bbox, np.float64)).all())
 
 
 def corners(xywh, sizes):
@@ -280,7 +285,7 @@ def read_json(path, what, keys=("images", "annotations", "categories")):
     try:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"no {what} at {path}; check --root") from None
+        raise UserError(f"no {what} at {path}; give another path") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable as json ({error}); mend the {what}") from None
     for key in keys:
@@ -460,7 +465,8 @@ def listed(source, name="--unlabeled"):
         paths = [path / file for file in images_below(path)]
     elif path.suffix == ".json":
         place = folder_beside(path)
-        names = [im["file_name"] for im in read_json(path, "image list", ["images"])["images"]]
+        records = read_json(path, f"image list for {name}", ["images"])["images"]
+        names = [im["file_name"] for im in records if "file_name" in im]
         stay_inside(names, path)
         paths = [place / file for file in names]
     elif path.suffix == ".txt" and path.exists():
@@ -505,7 +511,7 @@ def read_image(path, size=None):
     return image
 
 
-_unusable = {}  # source -> paths of files that could not be used, of this process
+_unusable = {}  # of each set paths of files that could not be used, in this process
 
 
 def read(images, i):
@@ -516,7 +522,7 @@ def read(images, i):
         return image, {**target, "usable": True}
     except BadImage as error:
         path = images.path(i)
-        known = _unusable.setdefault(images.source, set())
+        known = _unusable.setdefault((images.source, len(images)), set())
         if path not in known:
             known.add(path)
             print(f"warning: without its labels: {error}", file=sys.stderr, flush=True)

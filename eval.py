@@ -21,8 +21,6 @@ from answers import all_boxes, classes, masks, share
 METRICS = [
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 # fmt: on
-FLOOR = 0.05  # boxes under this score are not looked at
-THRESHOLDS = np.arange(0.05, 0.96, 0.05)
 
 # ---- boxes ---------------------------------------------------------------------------------------
 
@@ -42,7 +40,7 @@ def coco_ap(val, detected):
     """{metric: float} of {position in val: detections or None}. Where these have "rles" and all
     objects segmentations also the metrics of masks, as "mask AP" and so on."""
     truth = data.read_json(val.source, "annotation file")
-    truth["annotations"] = [a for a in truth["annotations"] if len(a["bbox"] or ()) == 4]
+    truth["annotations"] = [a for a in truth["annotations"] if data.is_box(a["bbox"])]
     for n, a in enumerate(truth["annotations"]):  # fields that simple exports leave out
         a["id"] = n + 1  # COCOeval takes 0 for "unmatched", and loses boxes that share an id
         a["iscrowd"] = int(bool(a.get("iscrowd")))
@@ -62,7 +60,7 @@ def coco_ap(val, detected):
             entry = {"image_id": image, "category_id": k, "score": score, "segmentation": rle}
             outlined.append(entry)
     if not rows:
-        return dict.fromkeys(METRICS, 0.0)
+        return dict.fromkeys(METRICS, -1.0 if val.crowd.all() else 0.0)
     metrics = coco_metrics(truth, np.concatenate(rows), val.ids, "bbox")
     if outlined and all_outlined(truth):
         of_masks = coco_metrics(truth, outlined, val.ids, "segm")
@@ -152,7 +150,7 @@ def accuracy(net, val, size, proc):
     for name, r, n in zip(val.class_names, right, images):
         per_class[name] = r / n if n else None
     return {
-        "accuracy": sum(right) / sum(images),
+        "accuracy": sum(right) / max(sum(images), 1),
         "balanced": mean_of(per_class),
         "per_class": per_class,
     }

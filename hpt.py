@@ -345,7 +345,8 @@ def train(folder, net, images, steps, c, seed, proc):
             meter.line(step + 1, **readings(net, values, step, c), lr=lr)
         ckpt.notes["values"] = values
         ckpt.step_done(steps)
-    return ckpt.notes["values"], ckpt.seconds()
+    notes, seconds = ckpt.close()
+    return notes["values"], seconds
 
 
 def wrap(net, proc):

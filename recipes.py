@@ -2,7 +2,7 @@
 
 [code] is the TensorFlow TPU detection code (tensorflow/tpu, models/official/detection); [recalled]
 is a paper's text from memory, not checked against a copy. lr is for ref_batch human-labelled images
-a step and scales with --batch (see st.make_optimizer).
+a step and scales with --batch (see scaled_lr).
 """
 
 import dataclasses

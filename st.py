@@ -181,11 +181,11 @@ def fit(net, folder, about, c, proc, parts, steps, val):
             score(net, c, val, proc, step + 1, ckpt.notes)
             net.train()
         ckpt.step_done(steps)  # saves now and then; after SIGTERM saves and exits 143
-    return ckpt.notes, ckpt.seconds()
+    return ckpt.close()
 
 
 def label(folder, c, proc, teacher, images, held_out):
-    """A stage: the teacher's answers on `images`, without noise, into a store (data.Answers). All
+    """A stage: the teacher's answers on `images`, without noise, into a store (answers.Answers). All
     above a low floor are kept, so another threshold costs no new pass. The same call resumes."""
     net, about = restore(teacher, proc)
     how = recipes.answering(c)

@@ -705,13 +705,13 @@ def mme_train(folder, net, source, few, rest, val, lam, s, c, proc):
         ckpt.step_done(s["steps"], every=s["every"])
         if notes["worse"] > PATIENCE:
             break
+    notes, seconds = ckpt.close()
     net.load_state_dict(notes["kept"])
-    seconds = round(ckpt.seconds(), 1)
     return {
         "validation": notes["best"],
         "step": notes["at"],
         "steps": ckpt.step,
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
     }
 
 

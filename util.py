@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -463,8 +464,11 @@ class Checkpoint:
             log = self.proc.log
             log.say(f"SIGTERM: saved {self.folder} at step {self.step}; the same command resumes")
             raise SystemExit(143)
-        if self.step == steps:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def close(self):
+        """After the last step -> notes, seconds. SIGTERM ends the process again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self.notes, self.seconds()
 
     def anyone_asked(self):
         asked = torch.tensor(float(self.asked), device=self.proc.device)
@@ -495,6 +499,9 @@ def newest(folder):
     named and passed over."""
     for path in reversed(checkpoints(folder)):
         try:
+            damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
+            if damaged:
+                raise ValueError(f"{damaged} has another checksum")
             return path, torch.load(path, map_location="cpu", weights_only=True)
         except (
             Exception

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -27,13 +28,21 @@ import util  # noqa: E402
 # ---- processes -----------------------------------------------------------------------------------
 
 
+def free_port():
+    """Not one of those that the kernel hands to any connection at any moment."""
+    while True:
+        port = random.SystemRandom().randint(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return str(port)
+
+
 def start(*args, processes=1, script="st.py", **environment):
     """A script as a user starts it, on one thread a process; torchrun's for several."""
     command = [sys.executable]
     if processes > 1:
-        port = str(random.randint(20000, 60000))
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_port", port]
+        command += ["--master_port", free_port()]
     command += [str(ROOT / script), *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env)

@@ -6,12 +6,11 @@ import json
 import os
 import resource
 import signal
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import forked, kill_at
+from conftest import forked, free_port, kill_at
 
 import util
 from util import Proc, UserError, flag
@@ -43,7 +42,8 @@ def stage(folder, steps=6, inputs=("lr 1",), **more):
         part.values = part.values.cos() + torch.rand(1000, dtype=torch.float64)
         ckpt.notes.setdefault("curve", []).append(step)
         ckpt.step_done(steps)
-    return util.finish(folder, {"inputs": inputs}, {"sum": part.values.sum().item(), **ckpt.notes})
+    notes, _ = ckpt.close()
+    return util.finish(folder, {"inputs": inputs}, {"sum": part.values.sum().item(), **notes})
 
 
 def contents(folder):
@@ -352,9 +352,7 @@ def test_one_process_is_rank_0_of_1():
 
 def test_two_processes_agree_and_end_together(tmp_path, capfd):
     """Everything that is said between processes; gloo, forked."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
 
     def main():
         proc = util.start(util.Machine(device="cpu", precision="fp32", workers=0))
