@@ -18,7 +18,6 @@ from PIL import Image
 import backbones
 import data
 import ops
-import rcnn
 from util import need, write_atomic
 
 THRESHOLDS = np.arange(0.05, 0.96, 0.05)
@@ -50,7 +49,7 @@ def boxes(net, images, index, size, proc, floor=0.05):
             }
             if "masks" in answer:
                 crops = answer["masks"].cpu()
-                detections["rles"] = rcnn.encode(crops, detections["boxes"], (h, w))
+                detections["rles"] = ops.encode_masks(crops, detections["boxes"], (h, w))
             yield i, detections
 
 
@@ -131,13 +130,6 @@ def classes(net, images, index, size, proc):
 def share(images, proc):
     """Positions of the images that this process looks at."""
     return list(range(proc.rank, len(images), proc.world))
-
-
-def all_boxes(net, images, size, proc):
-    """{position: detections} of a whole set, on every process."""
-    answers = dict(boxes(net, images, share(images, proc), size, proc))
-    shares = proc.gather(answers)
-    return dict(sorted(item for part in shares for item in part.items()))
 
 
 # ---- the store of a network's answers ------------------------------------------------------------
@@ -264,7 +256,7 @@ def best_f1(net, held_out, size, proc):
     """--threshold auto: the score with the best F1 at IoU 0.5 on held-out labels, the highest of
     equals, so that about as many boxes are kept as there are objects -> (threshold, None if nothing
     is right at any; [{"threshold", "precision", "recall", "f1", "kept"}])."""
-    detected = all_boxes(net, held_out, size, proc)
+    detected = proc.union(boxes(net, held_out, share(held_out, proc), size, proc))
     rows = precision_recall(*match_detections(detected, held_out), THRESHOLDS)
     top = max(row["f1"] for row in rows)
     best = max(row["threshold"] for row in rows if row["f1"] >= top - 1e-9)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 
 import augment
-import rcnn
+import ops
 from util import UserError, need
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -63,7 +63,7 @@ class Images:
     labels: np.ndarray = None  # (total,) int64
     scores: np.ndarray = None  # (total,) float32
     crowd: np.ndarray = None  # (total,) bool
-    outlines: np.ndarray = None  # objects' segmentations, for Mask R-CNN, see rcnn.pack
+    outlines: np.ndarray = None  # objects' segmentations, for Mask R-CNN, see ops.pack_outlines
     places: np.ndarray = None  # (total, 2) where each is in it
     # segmentation
     masks: np.ndarray = None  # (n,) bytes, files of class indices
@@ -99,8 +99,10 @@ class Images:
         if self.outlines is not None:
             rows = slice(self.start[i], self.start[i + 1])
             places = self.places[rows]
-            target["mask"] = rcnn.draw(self.outlines, places, target["crowd"], target["size"])
-            target["number"] = rcnn.FIRST + np.arange(len(places))
+            target["mask"] = ops.draw_outlines(
+                self.outlines, places, target["crowd"], target["size"]
+            )
+            target["number"] = ops.FIRST_OBJECT + np.arange(len(places))
         if self.masks is not None:
             target["mask"] = self.read_mask(i)
             target["size"] = target["mask"].shape
@@ -220,7 +222,7 @@ def parse_coco(value, path, image_dir, like, instances):
     if instances:
         outlined = [rows[k].get("segmentation") for k in order]
         need(any(s not in (None, [], [[]]) for s in outlined), f"{path} has no segmentation, {ASK}")
-        outlines, places = rcnn.pack(outlined, sizes[image[order]].tolist())
+        outlines, places = ops.pack_outlines(outlined, sizes[image[order]].tolist())
     count = np.bincount(image[order], minlength=len(ids))
     return Images(
         str(image_dir),
@@ -672,7 +674,8 @@ def collate(samples):
     """[(image, target)] -> dict of images uint8 (B, 3, S, S) in channels_last, boxes (B, M, 4),
     labels (B, M) with -1 for padding, image_id; where there are such mask (B, S, S) uint8,
     image_class (B,) with -1 for none, part (B,) position among the parts of the step, scale (B,)
-    and original (B, 2) height, width of the file, usable (B,); rcnn.collate's for Mask R-CNN."""
+    and original (B, 2) height, width of the file, usable (B,), number (B, M) and numbers (B, S, S)
+    of ops.collate_outlines."""
     images, targets = zip(*samples)
     B = len(images)
     M = max(len(t["boxes"]) for t in targets)
@@ -689,7 +692,7 @@ def collate(samples):
         "image_id": [t["image_id"] for t in targets],
     }
     if any("number" in t for t in targets):
-        batch.update(rcnn.collate(targets, pixels.shape[1:3]))
+        batch.update(ops.collate_outlines(targets, pixels.shape[1:3]))
     elif any("mask" in t for t in targets):
         nowhere = np.full(pixels.shape[1:3], augment.IGNORE, np.uint8)
         masks = [t.get("mask", nowhere) for t in targets]

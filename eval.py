@@ -13,8 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import data
-import rcnn
-from answers import all_boxes, classes, masks, share
+import ops
 
 # COCOeval's order
 # fmt: off
@@ -25,9 +24,9 @@ METRICS = [
 # ---- boxes ---------------------------------------------------------------------------------------
 
 
-def ap(net, val, size, proc):
-    """COCO metrics of a detector on `val`, the same on every process."""
-    detected = all_boxes(net, val, size, proc)
+def ap(found, val, proc):
+    """COCO metrics of answers.boxes on `val`, this process's share, the same on every process."""
+    detected = proc.union(found)
     metrics = proc.first(lambda: coco_ap(val, detected))
     if metrics["AP"] < 0:
         proc.log.say(f"note: {val.source} has no object to find; AP is undefined, and given as -1")
@@ -71,7 +70,7 @@ def coco_ap(val, detected):
 def all_outlined(truth):
     sizes = {im["id"]: (im["height"], im["width"]) for im in truth["images"]}
     for a in truth["annotations"]:
-        if not rcnn.usable(a.get("segmentation"), sizes.get(a["image_id"], ())):
+        if not ops.is_outline(a.get("segmentation"), sizes.get(a["image_id"], ())):
             return False
     return True
 
@@ -93,12 +92,12 @@ def coco_metrics(truth, results, ids, kind):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def mean_iou(net, val, size, proc):
-    """mIoU, pixel accuracy and IoU of every class at the files' resolution, one scale; the same on
-    every process. Images that cannot be read are not scored."""
+def mean_iou(found, val, proc):
+    """mIoU, pixel accuracy and IoU of every class, at the files' resolution, of answers.masks on
+    `val`; the same on every process. Images that cannot be read are not scored."""
     K = len(val.class_names)
     confusion = torch.zeros(K, K, dtype=torch.int64)
-    for i, answer in masks(net, val, share(val, proc), size, proc):
+    for i, answer in found:
         if answer is not None:
             confusion += confusion_matrix(answer["mask"], val.read_mask(i), K)
     confusion = proc.sum(confusion.to(proc.device)).cpu().numpy()
@@ -136,11 +135,12 @@ def mean_of(per_class):
 # ---- classes -------------------------------------------------------------------------------------
 
 
-def accuracy(net, val, size, proc):
-    """Top-1 accuracy, its mean over the classes ("balanced"), and it for each class."""
+def accuracy(found, val, proc):
+    """Top-1 accuracy, its mean over the classes ("balanced"), and it for each class, of
+    answers.classes on `val`."""
     K = len(val.class_names)
     count = torch.zeros(2, K, dtype=torch.int64)  # right answers, images
-    for i, answer in classes(net, val, share(val, proc), size, proc):
+    for i, answer in found:
         if answer is not None:
             truth = int(val.image_class[i])
             count[0, truth] += int(answer["label"] == truth)

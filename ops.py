@@ -13,11 +13,15 @@ count (B,) is that of the image's part of the *whole* step, so that the pieces o
 number of processes, add up to the same loss.
 """
 
+import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torch import nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import batched_nms
 
 NEGATIVE = -1  # of match() besides the indices of boxes: background
@@ -25,6 +29,7 @@ IGNORE = -2  # of match(): neither background nor an object
 UNLABELLED = 255  # of a mask
 NO_CLASS = -1  # of an image
 MAX_LOG_SIZE = math.log(1000 / 16)  # decode clips log size ratios here, so exp() cannot overflow
+FIRST_OBJECT = 256  # number of an image's object 0 in its map of objects
 BOX_WEIGHT = 50.0  # of the Huber loss beside the focal loss (TPU code)
 
 # ---- anchors -------------------------------------------------------------------------------------
@@ -325,3 +330,87 @@ def detect(
         rows = keep[image[keep] == i][:limit]
         answers.append({"boxes": box[rows], "scores": score[rows], "labels": label[rows]})
     return answers
+
+
+# ---- masks of objects, for Mask R-CNN ------------------------------------------------------------
+# From COCO's files, through the augmentation as one map of objects, back to COCO's RLE. A map holds
+# FIRST_OBJECT + k where object k of the image is seen, 0 where none is, 255 outside of the image:
+# one picture for all objects moves like any segmentation mask.
+
+
+def is_outline(segmentation, size):
+    """Whether a segmentation can be drawn: polygons of three points or more, or RLE of an image of
+    that size (h, w)."""
+    if isinstance(segmentation, dict):
+        same = list(segmentation.get("size", ())) == list(size)
+        return "counts" in segmentation and same
+    if not isinstance(segmentation, list) or not segmentation:
+        return False
+    polygons = all(isinstance(p, list) for p in segmentation)
+    return polygons and all(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+
+
+def pack_outlines(segmentations, sizes):
+    """COCO's segmentations (None, [] or [[]] where there is none) of images of those sizes (n, 2),
+    as json texts one after another, (bytes,) uint8, and where each is, (n, 2): flat arrays, which
+    workers share. ValueError for one that cannot be drawn."""
+    texts = []
+    for segmentation, size in zip(segmentations, sizes):
+        if not segmentation or segmentation == [[]]:
+            texts.append(b"")
+            continue
+        text = json.dumps(segmentation)
+        if not is_outline(segmentation, size):
+            raise ValueError(
+                f"segmentation {text[:60]} is neither polygons of three points or more nor RLE of "
+                f"its image, {size[0]} high and {size[1]} wide"
+            )
+        texts.append(text.encode())
+    ends = np.cumsum([0, *map(len, texts)])
+    return np.frombuffer(b"".join(texts), np.uint8), np.stack([ends[:-1], ends[1:]], 1)
+
+
+def draw_outlines(texts, places, crowd, size):
+    """The map (h, w) int32 of an image's objects but those of a crowd or without a segmentation.
+    What two objects claim goes to the smaller."""
+    objects = []
+    for k, (begin, end) in enumerate(places):
+        if begin == end or crowd[k]:
+            continue
+        rle = json.loads(texts[begin:end].tobytes())
+        if isinstance(rle, list) or isinstance(rle["counts"], list):  # not compressed yet
+            rle = coco_mask.frPyObjects(rle, *size)
+        if isinstance(rle, list):
+            rle = coco_mask.merge(rle)
+        objects.append((k, coco_mask.decode(rle).astype(bool)))
+    numbers = np.zeros(size, np.int32)
+    for k, seen in sorted(objects, key=lambda row: -row[1].sum()):
+        numbers[seen] = FIRST_OBJECT + k
+    return numbers
+
+
+def collate_outlines(targets, size):
+    """-> {"numbers" (B, S, S) int32: the maps; "number" (B, M): each box's number in its map, -1
+    where padded or without a mask}."""
+    M = max(len(t["boxes"]) for t in targets)
+    number = np.full((len(targets), M), -1, np.int64)
+    numbers = np.zeros((len(targets), *size), np.int32)
+    for i, t in enumerate(targets):
+        if "number" in t:
+            numbers[i] = t["mask"]
+            seen = np.isin(t["number"], t["mask"])
+            number[i, : len(seen)] = np.where(seen, t["number"], -1)
+    return {"number": torch.from_numpy(number), "numbers": torch.from_numpy(numbers)}
+
+
+def encode_masks(masks, boxes, size):
+    """Masks (n, m, m), probabilities inside their boxes (n, 4), as COCO's RLE in an image of that
+    size (h, w)."""
+    masks = torch.as_tensor(masks)
+    boxes = torch.as_tensor(boxes)
+    rles = []
+    for i in range(len(masks)):  # all at once would be gigabytes
+        mask = masks[i : i + 1, None]  # (1, 1, m, m)
+        seen = paste_masks_in_image(mask, boxes[i : i + 1], size)[0, 0] > 0.5  # (h, w)
+        rles.append(coco_mask.encode(np.asfortranarray(seen.numpy().astype(np.uint8))))
+    return rles

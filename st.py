@@ -185,8 +185,8 @@ def fit(net, folder, about, c, proc, parts, steps, val):
 
 
 def label(folder, c, proc, teacher, images, held_out):
-    """A stage: the teacher's answers on `images`, without noise, into a store (answers.Answers). All
-    above a low floor are kept, so another threshold costs no new pass. The same call resumes."""
+    """A stage: the teacher's answers on `images`, without noise, into a store (answers.Answers).
+    All above a low floor are kept: another threshold costs no new pass. The same call resumes."""
     net, about = restore(teacher, proc)
     how = recipes.answering(c)
     inputs = {**how, **recipes.labelling_inputs(c, net, images, held_out, proc.dtype)}
@@ -359,7 +359,8 @@ def score(net, c, val, proc, step, notes):
     """Scores on val; the first of them also goes into the curve."""
     proc.share_buffers(net)
     task = TASKS[c.task]
-    metrics = task.score(net, val, c.image_size, proc)
+    share = answers.share(val, proc)
+    metrics = task.score(task.answers(net, val, share, c.image_size, proc), val, proc)
     notes.setdefault("curve", []).append([step, metrics[task.metrics[0]]])
     return metrics
 

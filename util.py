@@ -239,6 +239,11 @@ class Proc:
             dist.all_gather_object(shares, value)
         return shares
 
+    def union(self, pairs):
+        """Every process's (key, value) as one dict, sorted by key."""
+        shares = self.gather(dict(pairs))
+        return dict(sorted(pair for share in shares for pair in share.items()))
+
     def first(self, action):
         """action() of rank 0, its result on all ranks; a failure there is raised on every rank."""
         if self.world == 1:

@@ -340,12 +340,12 @@ def test_precision_and_recall_are_what_counting_gives():
 def test_the_best_threshold_is_the_highest_of_those_with_the_best_f1(monkeypatch):
     labels = truth([(*BOX, 1, 0), (*FAR, 1, 0)])
     rows = [(*BOX, 1, 0.92), (*FAR, 1, 0.63), (20, 20, 30, 30, 1, 0.31)]
-    monkeypatch.setattr(answers, "all_boxes", lambda *args: {0: detections(*rows)})
-    best, curve = answers.best_f1(None, labels, 64, None)
+    monkeypatch.setattr(answers, "boxes", lambda *args: [(0, detections(*rows))])
+    best, curve = answers.best_f1(None, labels, 64, Proc())
     assert best == 0.6  # as good as 0.35, and anything between
     assert max(row["f1"] for row in curve) == 1 and len(curve) == 19
-    monkeypatch.setattr(answers, "all_boxes", lambda *args: {0: detections(rows[2])})
-    assert answers.best_f1(None, labels, 64, None)[0] is None  # nothing is right at any
+    monkeypatch.setattr(answers, "boxes", lambda *args: [(0, detections(rows[2]))])
+    assert answers.best_f1(None, labels, 64, Proc())[0] is None  # nothing is right at any
 
 
 # ---- what a threshold leaves ---------------------------------------------------------------------

@@ -215,6 +215,14 @@ class Stub(torch.nn.Module):
         return rows
 
 
+ASKED = {eval.ap: answers.boxes, eval.mean_iou: answers.masks, eval.accuracy: answers.classes}
+
+
+def scored(score, net, val, proc):
+    found = ASKED[score](net, val, answers.share(val, proc), 64, proc)
+    return score(found, val, proc)
+
+
 # fmt: off
 @pytest.mark.parametrize("task, score, load", [
     ("det", eval.ap, data.coco), ("seg", eval.mean_iou, data.voc),
@@ -226,11 +234,11 @@ def test_every_number_of_processes_gives_the_same_scores(
     root = {"det": coco_root, "seg": voc_root, "cls": class_root}[task]
     val = load(root, "train").subset(range(6, 24))  # more than a batch
     net = Stub(task).train()
-    whole = score(net, val, 64, Proc())
+    whole = scored(score, net, val, Proc())
     assert not net.training
     for world in (2, 3):
         for proc in turns(world):
-            metrics = score(net, val, 64, proc)
+            metrics = scored(score, net, val, proc)
         assert metrics == whole
 
 
@@ -239,18 +247,18 @@ def test_images_that_cannot_be_read_are_not_scored(voc_root, class_root, score, 
     val = load(voc_root if load is data.voc else class_root, "val")
     keep = [0, 1, 2, 4, 5, 6]
     net = Stub("seg" if load is data.voc else "cls")
-    whole = score(net, val.subset(keep), 64, Proc())
+    whole = scored(score, net, val.subset(keep), Proc())
     files = val.files.astype("S60")
     files[3] = b"gone.png"
     damaged = dataclasses.replace(val, files=files, source=str(tmp_path))
-    assert score(net, damaged.subset([3, *keep]), 64, Proc()) == whole
+    assert scored(score, net, damaged.subset([3, *keep]), Proc()) == whole
 
 
 def test_a_set_without_objects_has_no_ap_and_the_log_says_so(coco_root, tmp_path, capsys):
     truth = json.loads((coco_root / "val.json").read_text())
     (tmp_path / "val.json").write_text(json.dumps({**truth, "annotations": []}))
     val = data.read_coco(tmp_path / "val.json", coco_root / "images")
-    assert eval.ap(Stub("det"), val, 64, Proc())["AP"] == -1
+    assert scored(eval.ap, Stub("det"), val, Proc())["AP"] == -1
     assert "AP is undefined" in capsys.readouterr().out
     assert eval.coco_ap(val, {})["AP"] == -1  # nor where nothing is detected
 
@@ -285,13 +293,13 @@ def test_a_class_that_is_neither_there_nor_predicted_does_not_count():
 def test_accuracies_equal_scikit_learns(class_root):
     val = data.folder(class_root, "train").subset(range(5, 20))  # 3 images, 8 and 4
     predicted = [a["label"] for _, a in answers.classes(Stub("cls"), val, range(15), 64, Proc())]
-    scores = eval.accuracy(Stub("cls"), val, 64, Proc())
+    scores = scored(eval.accuracy, Stub("cls"), val, Proc())
     pair = val.image_class, predicted
     assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*pair))
     assert scores["balanced"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(*pair))
     recall = sklearn.metrics.recall_score(*pair, average=None, zero_division=0)
     assert list(scores["per_class"].values()) == pytest.approx(recall)
-    without = eval.accuracy(Stub("cls"), val.subset(range(11)), 64, Proc())
+    without = scored(eval.accuracy, Stub("cls"), val.subset(range(11)), Proc())
     assert without["per_class"]["square"] is None and without["balanced"] == pytest.approx(
         np.mean([v for v in without["per_class"].values() if v is not None])
     )

@@ -195,16 +195,16 @@ def test_it_learns_the_boxes_and_masks_of_an_image():
     rng = np.random.default_rng(5)
     image, _, polygons = picture(rng, ["square", "disc"])
     w, h = image.size
-    texts, places = rcnn.pack([[p.ravel().tolist()] for p in polygons], [(h, w)] * 2)
+    texts, places = ops.pack_outlines([[p.ravel().tolist()] for p in polygons], [(h, w)] * 2)
     canvas = np.zeros((64, 64), np.int32)
-    canvas[:h, :w] = rcnn.draw(texts, places, [False, False], (h, w))
+    canvas[:h, :w] = ops.draw_outlines(texts, places, [False, False], (h, w))
     target = {
         "boxes": np.array([[*p.min(0), *p.max(0)] for p in polygons], np.float32),
         "labels": np.array([0, 1]),
         "mask": canvas,
-        "number": rcnn.FIRST + np.arange(2),
+        "number": ops.FIRST_OBJECT + np.arange(2),
     }
-    batch = rcnn.collate([target], (64, 64))
+    batch = ops.collate_outlines([target], (64, 64))
     for name in ("boxes", "labels"):
         batch[name] = torch.from_numpy(target[name])[None]
     pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
@@ -223,7 +223,7 @@ def test_it_learns_the_boxes_and_masks_of_an_image():
     order = answer["labels"].argsort()
     iou = ops.box_iou(answer["boxes"][order], batch["boxes"][0]).diagonal()
     assert (iou > 0.6).all(), iou
-    got = decoded(rcnn.encode(answer["masks"][order], answer["boxes"][order].numpy(), (h, w)))
+    got = decoded(ops.encode_masks(answer["masks"][order], answer["boxes"][order].numpy(), (h, w)))
     want = torch.stack([batch["numbers"][0, :h, :w] == k for k in batch["number"][0]])
     iou = (got & want).sum((1, 2)) / (got | want).sum((1, 2))
     assert (iou > 0.6).all(), iou
@@ -258,15 +258,15 @@ def test_masks_are_drawn_as_by_pycocotools_and_the_smaller_of_two_lies_on_top():
     small[4:8, 6:25] = True
     whole = {"size": [20, 30], "counts": [0, 600]}  # not compressed
     rows = [square, None, outline(small), whole, whole, [[]]]
-    texts, places = rcnn.pack(rows, [(20, 30)] * 6)
-    got = rcnn.draw(texts, places, [False, False, False, False, True, False], (20, 30))
+    texts, places = ops.pack_outlines(rows, [(20, 30)] * 6)
+    got = ops.draw_outlines(texts, places, [False, False, False, False, True, False], (20, 30))
     want = np.full((20, 30), 256 + 3, np.int32)
     want[coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(square, 20, 30))) > 0] = 256
     want[small] = 258
     assert np.array_equal(got, want) and got.dtype == np.int32 and (want == 256).sum() > 50
     assert [begin == end for begin, end in places] == [False, True, False, False, False, True]
-    nothing, places = rcnn.pack([], [])
-    assert not rcnn.draw(nothing, places, [], (20, 30)).any()
+    nothing, places = ops.pack_outlines([], [])
+    assert not ops.draw_outlines(nothing, places, [], (20, 30)).any()
 
 
 @pytest.mark.parametrize(
@@ -280,19 +280,19 @@ def test_masks_are_drawn_as_by_pycocotools_and_the_smaller_of_two_lies_on_top():
     ],
 )
 def test_segmentations_that_cannot_be_drawn_are_refused(segmentation):
-    assert not rcnn.usable(segmentation, (20, 30)) and not rcnn.usable([[]], (20, 30))
+    assert not ops.is_outline(segmentation, (20, 30)) and not ops.is_outline([[]], (20, 30))
     with pytest.raises(ValueError, match="neither polygons.*20 high and 30 wide"):
-        rcnn.pack([segmentation], [(20, 30)])
+        ops.pack_outlines([segmentation], [(20, 30)])
 
 
 def test_masks_pasted_into_an_image_and_encoded_are_those_of_their_boxes():
     boxes = np.array([[4.0, 2, 24, 12], [0, 0, 6, 20]], np.float32)
     halves = torch.ones(2, 14, 14)
     halves[0, :, 7:] = 0.1  # seen on the left only
-    left, full = decoded(rcnn.encode(halves, boxes, (20, 30)))
+    left, full = decoded(ops.encode_masks(halves, boxes, (20, 30)))
     assert full[1:18, 1:5].all() and not full[:, 8:].any()  # pasted bilinearly: edges are soft
     assert left[3:11, 5:13].all() and not left[:, 16:].any() and not left[14:].any()
-    assert rcnn.encode(torch.zeros(0, 14, 14), np.zeros((0, 4), np.float32), (20, 30)) == []
+    assert ops.encode_masks(torch.zeros(0, 14, 14), np.zeros((0, 4), np.float32), (20, 30)) == []
 
 
 def test_masks_go_through_augmentation_with_their_boxes(coco_root):
@@ -305,7 +305,7 @@ def test_masks_go_through_augmentation_with_their_boxes(coco_root):
             image, target = images.read(4 * seed + slot)
             _, target = augment.augment(image, target, "s4", 64, rng)
             targets.append(target)
-        batch = rcnn.collate(targets, (64, 64))
+        batch = ops.collate_outlines(targets, (64, 64))
         rows = zip(targets, batch["number"], batch["numbers"])
         for target, number, numbers in rows:
             boxes = torch.from_numpy(target["boxes"])

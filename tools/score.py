@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import answers
 import st
 import util
 from util import flag, need
@@ -37,7 +38,8 @@ def main(argv=None):
         val.class_names == about["class_names"],
         f"{root} has other classes than {paths[0]} was trained on; give another --root",
     )
-    metrics = task.score(net, val, c["image_size"], proc)
+    found = task.answers(net, val, answers.share(val, proc), c["image_size"], proc)
+    metrics = task.score(found, val, proc)
     proc.log.say(f"{paths[0]}, step {about['step']}, on {len(val)} images of {val.source}")
     proc.log.say(json.dumps(metrics, indent=1))
 
