@@ -18,6 +18,7 @@ no published weights of SpineNet (there are TensorFlow checkpoints only).
 """
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -642,9 +643,8 @@ def read_file(path):
     need(os.path.isfile(path), f"'{path}' is not a file: {what}")
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file  # an extra package, for these files only
-
-            return load_file(path)
+            # an extra package, for these files only
+            return importlib.import_module("safetensors.torch").load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         what = "pip install safetensors, or save it as .pth where it is installed"

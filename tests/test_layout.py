@@ -4,7 +4,6 @@ import ast
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 CORE = sorted(ROOT.glob("*.py"))
