@@ -174,9 +174,9 @@ def fit(net, folder, about, c, proc, parts, steps, val):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        joint.update(losses.double().sum(1).float())  # the averages that the next step goes by
         if meter.due(step + 1):
             meter.line(step + 1, **readings(losses, joint, parts, task), lr=lr)
+        joint.update(losses.double().sum(1).float())  # the averages that the next step goes by
         if c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < steps:
             score(net, c, val, proc, step + 1, ckpt.notes)
             net.train()

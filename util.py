@@ -549,10 +549,10 @@ _held = {}  # locks of this very process
 def claim(folder):
     """Locks a run directory for this process; the lock goes with it, however it ends."""
     folder = Path(folder)
-    if folder.resolve() in _held:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() in _held:
+            return
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise UserError(
