@@ -146,7 +146,11 @@ class Method:
     tune_batch: int = 0
 
 
-EVALUATION = ("labels", "augmented", "probe_steps", "tune_steps", "tune_epochs", "tune_batch")
+# of the method, what a stage does not depend on (its images tell the fraction)
+# fmt: off
+FREE = (
+    "labels", "augmented", "probe_steps", "tune_steps", "tune_epochs", "tune_batch", "fraction")
+# fmt: on
 
 # ---- the method ----------------------------------------------------------------------------------
 
@@ -491,7 +495,7 @@ def objective(query, mode, c, seed, proc):
 def pretrain(folder, source, images, steps, mode, init, init_digest, c, proc):
     """A stage: `init`, trained on images -> {"weights": hash, "mean", "std", ...}, and its
     folder/backbone.pt. The same call resumes, or refuses if it would be another stage."""
-    inputs = {k: v for k, v in dataclasses.asdict(c).items() if k not in EVALUATION}
+    inputs = {k: v for k, v in dataclasses.asdict(c).items() if k not in FREE}
     inputs.update(mode=mode, steps=steps, init=init_digest, precision=str(proc.dtype))
     inputs["images"] = images.digest()
     if result := proc.first(lambda: util.finished(folder, inputs)):
@@ -664,10 +668,10 @@ def demo(plan, c, proc):
     if proc.rank > 0:
         return
     util.write_json(out / "results.json", {**results, "seed": c.seed})
-    print(f"{'':8}{'starts from':30}{'then':30}linear probe: test accuracy")
+    print(f"{'':8}{'starts from':30} {'then':30} linear probe: test accuracy")
     for row, stage in DEMO.items():
         start = "random" if row == "Target" else BASE
-        print(f"{row:8}{start:30}{stage:30}{results[row]['accuracy']:.3f}")
+        print(f"{row:8}{start:30} {stage:30} {results[row]['accuracy']:.3f}")
     print(
         f"One seed ({c.seed}): how much these vary from seed to seed is not shown. "
         f"{time.time() - began:.0f} s. Written: {out}/results.json"
