@@ -48,6 +48,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import augment
 import backbones
 import data
+import models
+import recipes
 import transfer
 import util
 from util import flag, need
@@ -471,15 +473,6 @@ def slug(source):
     return re.sub(r"\W+", "-", Path(source).stem or "images")[:40]
 
 
-def load_init(backbone, init, proc):
-    try:
-        if init == "imagenet":  # fetched once, not by every process
-            proc.first(lambda: backbones.imagenet_file(backbone.name) and None)
-        return backbones.load_backbone(backbone, init)
-    except ValueError as error:
-        raise util.UserError(f"--init {init}: {error}") from None
-
-
 def objective(query, mode, c, seed, proc):
     groups = c.groups // proc.world
     if mode == "stats":
@@ -507,7 +500,7 @@ def pretrain(folder, source, images, steps, mode, init, init_digest, c, proc):
     seed = int(util.digest([c.seed, folder.name]), 16) % 2**31  # every stage draws its own views
     torch.manual_seed(seed)
     query = Encoder(c.backbone, (mean, std), proc.dtype)
-    proc.log.say(load_init(query.backbone, str(init), proc))
+    proc.log.say(models.initialise(query.backbone, str(init), proc))
     freeze(query.backbone, mode)
     query.head.requires_grad_(mode != "stats")
     before = {k: v.clone() for k, v in query.backbone.state_dict().items()}
@@ -613,12 +606,12 @@ def run(plan, c, proc):
     if plan.source:
         data.ensure(plan.source)
         domains = transfer.domains(plan.source, sets, plan.budgets, c.seed)
-    load_init(backbones.build(c.backbone), init, proc)
+    models.initialise(backbones.build(c.backbone), init, proc)
     proc.first(lambda: util.claim(out))
     proc.log = util.Log(out / "log.jsonl", proc.rank)
 
     results = {}
-    init_digest = digest(init)
+    init_digest = recipes.init_digest(init)
     for number, (source, steps, mode, images) in enumerate(stages, 1):
         folder = out / f"{number}_{mode}_{slug(source)}"
         if not steps:
@@ -629,7 +622,7 @@ def run(plan, c, proc):
     for name in evaluations(plan):
         torch.manual_seed(c.seed)
         backbone = backbones.build(c.backbone)
-        load_init(backbone, str(init), proc)
+        models.initialise(backbone, str(init), proc)
         if name == "mme":
             folder = out / f"mme_{slug(plan.source)}_{slug(target)}"
             results[name] = transfer.mme(folder, backbone, init_digest, domains, c, proc)
@@ -644,14 +637,6 @@ def run(plan, c, proc):
         util.write_json(out / "results.json", {**results, **command})
     proc.log.say(f"written: {out}/results.json")
     return results
-
-
-def digest(init):
-    """What tells one --init from another: the hash of its file."""
-    if init in ("random", "imagenet"):
-        return init
-    simclr, path = backbones.split_source(init)
-    return util.digest([simclr, util.digest_file(path)])
 
 
 def demo(plan, c, proc):

@@ -20,6 +20,7 @@ from torch import nn
 
 import backbones
 import ops
+from util import UserError
 
 PRIOR = 0.01  # every anchor starts with this foreground probability: class bias -ln((1 - p) / p)
 ANCHORS = 9  # at each place: 3 scales, 3 ratios
@@ -380,3 +381,13 @@ def weight_decay_groups(model, decay):
     kernels = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
     return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def initialise(backbone, source, proc):
+    """Fills a backbone from --init -> one line that says what was loaded."""
+    try:
+        if source == "imagenet":  # fetched once, not by every process
+            proc.first(lambda: backbones.imagenet_file(backbone.name))
+        return backbones.load_backbone(backbone, source)
+    except ValueError as error:
+        raise UserError(f"--init {source}: {error}") from None

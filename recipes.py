@@ -294,9 +294,7 @@ def training_inputs(c, parts, steps, start, val, dtype):
     if "pseudo" not in parts and not start:
         for name in STUDENT:
             del inputs[name]
-    if c.init not in ("random", "imagenet"):  # what is in the file, wherever that lies
-        simclr, path = backbones.split_source(c.init)
-        inputs["init"] = util.digest([simclr, util.digest_file(path)])
+    inputs["init"] = init_digest(c.init)
     for name, (images, count) in parts.items():
         inputs[name] = f"{count} a step of {images.digest()}"
     if start:
@@ -315,6 +313,14 @@ def labelling_inputs(c, net, images, held_out, dtype):
     if c.threshold == "auto":
         inputs["held_out"] = held_out.digest()
     return inputs
+
+
+def init_digest(init):
+    """What tells one --init from another: what is in the file, wherever that lies."""
+    if init in ("random", "imagenet"):
+        return init
+    simclr, path = backbones.split_source(init)
+    return util.digest([simclr, util.digest_file(path)])
 
 
 def weights_digest(folder):

@@ -295,7 +295,7 @@ def network(folder, c, proc, parts, start):
     if start:
         net.load_state_dict(util.stage_state(start)["model"])
     elif c.init != "random":
-        proc.log.say(initialise(net.backbone, c.init, proc))
+        proc.log.say(models.initialise(net.backbone, c.init, proc))
     check_trainable(net, c)
     about = {
         "config": dataclasses.asdict(c),
@@ -307,15 +307,6 @@ def network(folder, c, proc, parts, start):
     if proc.gradient_checkpointing:
         backbones.recompute(net, (*backbones.BLOCKS, models.Tower))
     return net.to(proc.device), about
-
-
-def initialise(backbone, source, proc):
-    try:
-        if source == "imagenet":  # fetched once, not by every process
-            proc.first(lambda: backbones.imagenet_file(backbone.name))
-        return backbones.load_backbone(backbone, source)
-    except ValueError as error:
-        raise util.UserError(f"--init {source}: {error}") from None
 
 
 def check_trainable(net, c):
@@ -384,19 +375,12 @@ class Plan:
     """what is done, with which images"""
 
     out: str = flag("runs/default", "run directory; the same command resumes it")
-    root: str = flag(
-        "",
-        "COCO folder (annotations/ or train.json + val.json + images/), PASCAL VOC folder (seg) or "
-        "folder with train/CLASS and val/CLASS (cls) [embedded world: datasets/shapes/...]",
-    )
+    root: str = flag("", "COCO, PASCAL VOC (seg) or class (cls) folder [the embedded world's]")
     labeled: float = flag(0.2, "fraction of the training images whose labels are used")
     split: str = flag("", "label split by tools.check split, instead of --labeled and --seed")
     train_list: str = flag("train", "seg: list of the training images, e.g. trainaug")
-    unlabeled: str = flag(
-        "",
-        "folder, glob, .txt list or COCO json, or (seg) the name of a list such as aug [the images "
-        "whose labels are not used; seg: aug if there is that list]",
-    )
+    # [the training images whose labels are not used; for seg aug, if there is that list]
+    unlabeled: str = flag("", "folder, glob, .txt list, COCO json, or (seg) a list such as aug")
     joint: str = flag("", "joint training: every step also classifies images of DIR/train/CLASS")
     until: str = flag("student", "the last stage", ("teacher", "labels", "student"))
     teacher: str = flag("", "stage folder or checkpoint to take instead of training a teacher")

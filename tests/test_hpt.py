@@ -19,6 +19,7 @@ from PIL import Image
 
 import backbones
 import hpt
+import models
 import recipes
 import st
 import transfer
@@ -368,7 +369,7 @@ def test_the_backbone_is_what_others_load(whole, class_root):
     assert file["about"] == about
     c = recipes.method("cls-tiny", init=str(whole / FOLDERS[2]))
     classifier = st.build(c, 3)
-    st.initialise(classifier.backbone, c.init, Proc())
+    models.initialise(classifier.backbone, c.init, Proc())
     for name, value in classifier.backbone.state_dict().items():
         counter = name.endswith("num_batches_tracked")
         assert counter or torch.equal(value, file["model"][name]), name
@@ -420,7 +421,7 @@ def test_two_processes_train_as_one_of_two_groups(class_root, tmp_path):
     for folder in FOLDERS:
         for step in (1, 2):
             path = f"{folder}/step_{step:08d}.pt"
-            one, two = (torch.load(tmp_path / n / path)["model"] for n in "12")
+            one, two = (torch.load(tmp_path / n / path, weights_only=True)["model"] for n in "12")
             for name, value in one.items():
                 if name == "queue" and (folder, step) == (FOLDERS[0], 1):
                     assert torch.equal(value, two[name])
