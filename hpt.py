@@ -505,6 +505,8 @@ def pretrain(folder, source, images, steps, mode, init, init_digest, c, proc):
     query.head.requires_grad_(mode != "stats")
     before = {k: v.clone() for k, v in query.backbone.state_dict().items()}
     net = objective(query, mode, c, seed, proc)
+    if proc.gradient_checkpointing:  # not before MoCo copies: its key would run the query's blocks
+        backbones.recompute(net.query)
     net.to(proc.device, memory_format=torch.channels_last)
     set_training(net, mode)
     say_plan(folder, images, steps, mode, query, (mean, std), c, proc)

@@ -192,7 +192,8 @@ def digest(sets):
 
 
 def paths_of(images):
-    return [os.fsencode(images.path(i)) for i in range(len(images))]
+    """Absolute: what is drawn from their names must not depend on how a folder is spelt."""
+    return [os.path.abspath(os.fsencode(images.path(i))) for i in range(len(images))]
 
 
 def below(images):
@@ -322,10 +323,12 @@ def features(backbone, images, pixels, c, proc):
 
 
 def loss_of(logits, labels):
-    """labels (n,): a class each; (n, K): 1 for every class there is."""
+    """labels (n,): a class each; (n, K): 1 for every class there is. -1, of an image that cannot
+    be read, counts nothing."""
     if labels.ndim == 1:
-        return F.cross_entropy(logits, labels)
-    return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels, ignore_index=-1)
+    known = (labels >= 0).float()
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), weight=known)
 
 
 def score(logits, labels, names):
@@ -555,7 +558,7 @@ def update(optimizer, loss, lr):
 def iteration(net, optimizer, images, labels, unlabelled, lam, lr):
     """Two updates: by the labels of both domains, then by the entropy of the answers for
     `unlabelled`, which `final` raises and all before it lowers. lam = 0: only the first (S+T)."""
-    loss = F.cross_entropy(net(images), labels)
+    loss = loss_of(net(images), labels)
     update(optimizer, loss, lr)
     if not lam:
         return loss.detach(), torch.zeros_like(loss)
@@ -725,7 +728,7 @@ def mme(out, backbone, weights, sets, c, proc):
         pixels = measure(joined(source, sets["train"]))
     inputs = {k: getattr(c, k) for k in ("backbone", "image_size", "pixels", "seed")}
     inputs |= {**s, "T": T, "patience": PATIENCE, "validation": VALIDATION}
-    inputs |= {k: sets[k].digest() for k in ("source", "train", "test")}
+    inputs |= {k: sets[k].digest() for k in ("source", "train", "val", "test")}
     inputs |= {"weights": weights, "precision": str(proc.dtype)}
     rows = []
     seconds = 0.0

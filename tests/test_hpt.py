@@ -411,6 +411,12 @@ def test_killed_and_run_again_it_ends_with_the_same_bits(whole, class_root, tmp_
     assert {**runs[0], "seconds": 0} == {**runs[1], "seconds": 0}
 
 
+def test_gradient_checkpointing_changes_no_bit(whole, class_root, tmp_path):
+    main(f"--stage={class_root}:5", "--gradient-checkpointing", "--out", tmp_path)
+    states = [util.newest(run / FOLDERS[0])[1]["model"] for run in (whole, tmp_path)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_two_processes_train_as_one_of_two_groups(class_root, tmp_path):
     stages = [f"--stage={class_root}:2", f"--stage={class_root}:2:bn"]
     stages.append(f"--stage={class_root}:2:stats")

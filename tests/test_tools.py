@@ -1,192 +1,159 @@
-"""Tools on runs of a few steps: what they write can be read by those it is for."""
+"""tools.predict, check and bench: what they write is read by those it is for."""
 
+import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import draw_coco
 from PIL import Image
+from torchvision.models.detection import RetinaNet, RetinaNet_ResNet50_FPN_Weights, retinanet
+from torchvision.transforms.functional import to_tensor
 
-import backbones
+import answers
 import data
+import recipes
 import st
 import util
-from tools import bench, check, export, predict, score, show
+from tools import bench, check, predict
 
 TINY = ["--steps", "6", "--student-steps", "6", "--batch", "4", "--image-size", "64"]
 TINY += ["--norm", "gn", "--labeled", "0.5", "--precision", "fp32", "--workers", "0"]
+FP32 = ["--precision", "fp32", "--workers", "0"]
 
 
-def trained(out, recipe, root, *more):
-    st.main([*TINY, "--recipe", recipe, "--root", str(root), "--out", str(out), *more])
-    return out
-
-
-@pytest.fixture(scope="module")
-def boxes_run(coco_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "det"
-    return trained(out, "tiny", coco_root, "--threshold", "0.01", "--control", "--eval-every", "3")
+def teacher(recipe, root, out, *more):
+    given = ["--root", str(root), "--out", str(out), "--until", "teacher"]
+    st.main([*TINY, "--recipe", recipe, *given, *more])
+    return out / "teacher"
 
 
 @pytest.fixture(scope="module")
-def masks_run(voc_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "seg"
-    more = ("--threshold", "0.2", "--scales", "1", "--lr", "0.01", "--aug", "s1", "--steps", "60")
-    return trained(out, "seg-tiny", voc_root, *more)
+def detector(coco_root, tmp_path_factory):
+    longer = ("--steps", "40", "--aug", "s1", "--lr", "0.01")
+    return teacher("tiny", coco_root, tmp_path_factory.mktemp("runs") / "det", *longer)
 
 
-@pytest.fixture(scope="module")
-def classes_run(class_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "cls"
-    return trained(out, "cls-tiny", class_root, "--threshold", "0.1", "--until", "teacher")
+# ---- predict -------------------------------------------------------------------------------------
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
-def test_a_report_holds_scores_curves_and_pictures_and_fetches_nothing(boxes_run, masks_run):
-    for run, metric in ((boxes_run, "AP50"), (masks_run, "mIoU")):
-        paths = show.report(run)
-        page = paths[0].read_text()
-        assert paths[0].name == "report.html" and metric in page and "http" not in page
-        assert page.count("data:image/jpeg") == len(paths) - 1
-        assert {path.name for path in paths[1:]} == {"first_batch.png", "pseudo_sheet.png"}
-        assert all(min(Image.open(path).size) > 200 for path in paths[1:])
-    assert "student − control" in show.report(boxes_run)[0].read_text()
-
-
-def test_a_report_of_an_unfinished_run_says_what_there_is(boxes_run, tmp_path):
-    (tmp_path / "config.json").write_text((boxes_run / "config.json").read_text())
-    (tmp_path / "log.jsonl").write_text(
-        '{"stage": "teacher", "step": 1, "of": 9, "loss": 1}\n{"sta'
-    )
-    assert "None yet" in show.report(tmp_path)[0].read_text()
-    with pytest.raises(util.UserError, match="no config.json"):
-        show.report(tmp_path / "nowhere")
-
-
-def test_what_a_resumed_stage_logged_twice_is_taken_once(tmp_path):
-    lines = [json.dumps({"stage": "teacher", "step": step}) for step in (1, 2, 3, 2, 3, 4)]
-    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"cut o']))
-    rows = show.read_log(tmp_path / "log.jsonl")["teacher"]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-
-
-def test_boxes_and_masks_are_drawn_where_they_are():
-    image = Image.new("RGB", (40, 30), (10, 10, 10))
-    target = {"boxes": np.array([[5, 6, 20, 21]], np.float32), "labels": np.array([3])}
-    pixels = np.asarray(show.draw_boxes(image, {**target, "scores": np.array([0.5])}, "abcd", 2))
-    assert pixels.shape == (60, 80, 3)
-    colour = tuple(int(show.COLOURS[3][i : i + 2], 16) for i in (1, 3, 5))
-    assert tuple(pixels[30, 10]) == colour and tuple(pixels[30, 39]) == colour  # exclusive far edge
-    assert tuple(pixels[50, 70]) == (10, 10, 10)
-    mask = np.zeros((30, 40), np.uint8)
-    mask[:, 20:] = 1
-    mask[:10] = 255
-    pixels = np.asarray(show.draw_mask(image, mask))
-    assert tuple(pixels[20, 5]) == (10, 10, 10) and pixels[5, 5].min() > 170
-    assert pixels[20, 30, 0] > 100 > pixels[20, 30, 1]  # class 1 in half of its colour, a red
-
-
-def test_the_figure_and_the_sheet_of_augmentations(boxes_run, coco_root, voc_root, tmp_path):
-    show.main(["figure", str(boxes_run), "--out", str(tmp_path / "f.jpg"), "--images", "2"])
-    assert Image.open(tmp_path / "f.jpg").width <= 900
-    image = coco_root / "images/4.png"
-    sheet = ["--draws", "2", "--out", str(tmp_path / "a.png")]
-    show.main(["augment", "--image", str(image), "--json", str(coco_root / "train.json"), *sheet])
-    size = Image.open(tmp_path / "a.png").size
-    masked = ["--image", str(voc_root / "JPEGImages/train_00.png")]
-    masked += ["--mask", str(voc_root / "SegmentationClass/train_00.png")]
-    show.main(["augment", *masked, *sheet])
-    assert Image.open(tmp_path / "a.png").size == size  # four rows of three
-    with pytest.raises(util.UserError, match="need --image"):
-        show.main(["augment", "--json", "x.json"])
-
-
-# ---- predict, score ------------------------------------------------------------------------------
-
-
-def test_predicted_boxes_are_coco_json_and_a_store_that_st_takes(boxes_run, coco_root, tmp_path):
+def test_boxes_become_coco_json_of_every_image_and_a_store_that_st_takes(
+    detector, coco_root, tmp_path
+):
     out = tmp_path / "labels"
-    argv = [str(boxes_run / "teacher"), str(coco_root / "images"), "--out", str(out)]
-    predict.main([*argv, "--threshold", "0.02"])
-    value = json.loads((out / "pseudo.json").read_text())
-    assert len(value["images"]) == 32 and [c["id"] for c in value["categories"]] == [3, 7]
-    assert value["annotations"] and min(a["score"] for a in value["annotations"]) >= 0.02
-    before = (out / "part_0_of_1.jsonl").stat().st_mtime_ns
-    predict.main([*argv, "--threshold", "0.02"])  # nothing is predicted again
-    assert (out / "part_0_of_1.jsonl").stat().st_mtime_ns == before
-    given = ["--teacher", str(boxes_run / "teacher"), "--pseudo", str(out), "--threshold", "0.02"]
-    run = trained(tmp_path / "run", "tiny", coco_root, *given)
-    assert "student" in json.loads((run / "results.json").read_text())
+    argv = [str(detector), str(coco_root / "images"), "--out", str(out), *FP32]
+    predict.main([*argv, "--threshold", "0.05"])
+    pseudo = data.read_coco(out / "pseudo.json", coco_root / "images")
+    store = answers.confident(out, 0.05, pseudo)
+    assert len(pseudo) == 32 and pseudo.class_ids == [3, 7] and not pseudo.dropped
+    assert len(pseudo.boxes) == len(store.boxes) > 0 and pseudo.scores.min() >= 0.05
+    for i in store.ids:  # as the network says it of that file
+        path = pseudo.path(i)
+        (at,) = [k for k in range(len(store)) if store.path(k) == path]
+        assert np.allclose(store.target(at)["boxes"], pseudo.target(i)["boxes"], atol=1e-3)
+    given = ["--teacher", str(detector), "--pseudo", str(out), "--threshold", "0.05"]
+    st.main([*TINY, "--root", str(coco_root), "--out", str(tmp_path / "run"), *given])
+    assert "student" in json.loads((tmp_path / "run/results.json").read_text())
 
 
-def test_predicted_masks_are_index_pngs(masks_run, voc_root, tmp_path):
-    out = tmp_path / "labels"
-    images = tmp_path / "list.txt"
-    images.write_text(str(voc_root / "JPEGImages/val_00.png"))
-    predict.main([str(masks_run / "student"), str(images), "--out", str(out), "--threshold", "0.4"])
-    (path,) = (out / "labels").iterdir()
-    mask = np.asarray(Image.open(path))
-    assert set(np.unique(mask)) <= {0, 1, 2, 255} and Image.open(path).mode == "P"
-    assert mask.shape == np.asarray(Image.open(voc_root / "JPEGImages/val_00.png")).shape[:2]
+def test_another_threshold_costs_no_new_pass(detector, coco_root, tmp_path, monkeypatch):
+    argv = [str(detector), str(coco_root / "images"), "--out", str(tmp_path / "out"), *FP32]
+    predict.main([*argv, "--threshold", "0.05"])
+    before = json.loads((tmp_path / "out/pseudo.json").read_text())
+    monkeypatch.setattr(data, "read", None)  # no image is looked at
+    predict.main([*argv, "--threshold", "0.1"])
+    after = json.loads((tmp_path / "out/pseudo.json").read_text())
+    sure = [a["score"] for a in before["annotations"] if a["score"] >= 0.1]
+    assert [a["score"] for a in after["annotations"]] == sure
+    assert 0 < len(sure) < len(before["annotations"])
+    assert len(after["images"]) == len(before["images"])
 
 
-def test_predicted_classes_are_a_table(classes_run, class_root, tmp_path):
-    out = tmp_path / "labels"
-    predict.main([str(classes_run / "teacher"), str(class_root / "val"), "--out", str(out)])
-    rows = (out / "classes.csv").read_text().splitlines()
-    assert rows[0] == "image,class,probability" and len(rows) == 10
-    assert {row.split(",")[1] for row in rows[1:]} <= {"", "both", "disc", "square"}
+def test_masks_become_index_files_of_the_images_size(voc_root, tmp_path):
+    network = teacher("seg-tiny", voc_root, tmp_path / "run", "--steps", "30", "--aug", "s1")
+    argv = [str(network), str(voc_root / "JPEGImages/val_*.png"), "--out", str(tmp_path / "out")]
+    predict.main([*argv, "--threshold", "0.6", *FP32])
+    masks = sorted((tmp_path / "out/labels").iterdir())
+    assert [path.name for path in masks] == [f"val_0{i}.png" for i in range(8)]
+    seen = set()
+    for path in masks:
+        mask = data.read_mask(path, 3)
+        assert mask.shape == data.read_mask(voc_root / "SegmentationClass" / path.name, 3).shape
+        seen |= set(np.unique(mask).tolist())
+    assert seen >= {0, 255}  # some pixels are under the threshold
 
 
-def test_torchvisions_coco_weights_predict_as_torchvision_does(coco_root, tmp_path, monkeypatch):
-    small = dict(min_size=64, max_size=64)
-    build = torchvision.models.detection.retinanet_resnet50_fpn
-    monkeypatch.setattr(predict, "retinanet_resnet50_fpn", lambda **how: build(**how, **small))
+def test_classes_become_a_table(class_root, tmp_path):
+    network = teacher("cls-tiny", class_root, tmp_path / "run")
+    argv = [str(network), str(class_root / "val"), "--out", str(tmp_path / "out"), *FP32]
+    predict.main([*argv, "--threshold", "0"])
+    rows = list(csv.DictReader(open(tmp_path / "out/classes.csv")))
+    assert len(rows) == 9 and {row["class"] for row in rows} <= {"both", "disc", "square"}
+    assert all((class_root / "val" / row["file"]).exists() for row in rows)
+    predict.main([*argv, "--threshold", "0.99"])
+    assert len((tmp_path / "out/classes.csv").read_text().splitlines()) == 1
+
+
+def test_torchvisions_coco_weights_answer_as_torchvision_does(coco_root, tmp_path, monkeypatch):
+    """As it builds the network for its weights: frozen batch norm with an eps of 0."""
+    sizes = (64, 64, *RetinaNet.__init__.__defaults__[2:])
+    monkeypatch.setattr(RetinaNet.__init__, "__defaults__", sizes)  # min_size, max_size
     torch.manual_seed(0)
-    net = build(weights=None, weights_backbone=None, score_thresh=0.01, **small).eval()
+    weights = RetinaNet_ResNet50_FPN_Weights.COCO_V1
+    norm = retinanet.misc_nn_ops.FrozenBatchNorm2d
+    backbone = retinanet.resnet50(weights=None, norm_layer=norm)
+    extra = retinanet.LastLevelP6P7(256, 256)
+    pyramid = retinanet._resnet_fpn_extractor(
+        backbone, 5, returned_layers=[2, 3, 4], extra_blocks=extra
+    )
+    net = RetinaNet(pyramid, 91, score_thresh=0.05).eval()
     torch.nn.init.normal_(net.head.classification_head.cls_logits.weight, std=0.05)
+    for module in net.modules():
+        if isinstance(module, norm):
+            module.running_var.uniform_(1e-6, 2)
     torch.save(net.state_dict(), tmp_path / "coco.pth")
-    images = data.listed(str(coco_root / "images")).subset([0, 1])
-    detector = predict.coco_detector(tmp_path / "coco.pth", 0.01)
-    assert len(predict.coco_classes()) == 80
-    for i, answer in predict.coco_boxes(detector, images, [0, 1], util.Proc()):
-        pixels = np.asarray(data.read_image(images.path(i)), np.float32).transpose(2, 0, 1) / 255
+    retinanet.overwrite_eps(net, 0.0)
+    images = data.listed(coco_root / "images").subset([3, 4])
+    ours = predict.open_network(tmp_path / "coco.pth", images, 0.5, util.Proc())
+    assert len(ours.class_ids) == 80 and ours.class_ids[-1] == 90
+    assert [weights.meta["categories"][i] for i in ours.class_ids] == ours.class_names
+    for i, answer in ours.answers([0, 1]):
         with torch.no_grad():
-            (found,) = net([torch.from_numpy(pixels)])
-        named = [
-            k
-            for k in range(len(found["labels"]))
-            if int(found["labels"][k]) in predict.coco_classes()
-        ]
-        assert len(named) and np.allclose(answer["boxes"], found["boxes"][named], atol=1e-4)
-        assert np.allclose(answer["scores"], found["scores"][named], atol=1e-6)
-    assert predict.coco_detector(coco_root, 0.05) is None
+            (truth,) = net([to_tensor(images.read(i)[0])])
+        named = np.isin(truth["labels"], ours.class_ids)
+        assert named.sum() > 5 and np.allclose(answer["boxes"], truth["boxes"][named], atol=1e-3)
+        assert np.allclose(answer["scores"], truth["scores"][named], atol=1e-6)
+        ids = np.array(ours.class_ids)[answer["labels"]]
+        assert (ids == truth["labels"][named].numpy()).all()
     torch.save({"head.classification_head.x": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(util.UserError, match="is not torchvision's"):
-        predict.coco_detector(tmp_path / "other.pth", 0.05)
+    with pytest.raises(util.UserError, match="not the weights of retinanet"):
+        predict.open_network(tmp_path / "other.pth", images, 0.5, util.Proc())
 
 
-def test_a_score_is_that_of_the_run(boxes_run, capsys):
-    score.main([str(boxes_run / "student"), "--precision", "fp32", "--workers", "0"])
-    metrics = json.loads(capsys.readouterr().out.partition("\n")[2])
-    student = json.loads((boxes_run / "results.json").read_text())["student"]
-    assert {name: student[name] for name in metrics} == metrics
-    with pytest.raises(util.UserError, match="give a stage's folder"):
-        score.main([])
+def test_what_predict_cannot_use_is_one_sentence(detector, coco_root, tmp_path):
+    images = str(coco_root / "images")
+    with pytest.raises(util.UserError, match="give a checkpoint and its images"):
+        predict.main(["--out", "x"])
+    with pytest.raises(util.UserError, match="--out is missing"):
+        predict.main([str(detector), images])
+    with pytest.raises(util.UserError, match="is a run of st.py"):
+        predict.main([str(detector), images, "--out", str(detector.parent)])
+    with pytest.raises(util.UserError, match="holds no checkpoint"):
+        predict.main([f"{images}/1.png", images, "--out", str(tmp_path / "out")])
 
 
-# ---- check, split --------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 
 
-def test_check_says_what_is_there(coco_root, voc_root, class_root, capsys):
+def test_check_says_what_a_data_set_holds(coco_root, voc_root, class_root, capsys):
     for root, words in (
-        (coco_root, "24 images"),
-        (coco_root / "train.json", "crowd"),
-        (voc_root, "share of pixels: background"),
+        (coco_root, "24 images (6 without boxes), 36 boxes (1 of crowds)"),
+        (coco_root / "val.json", "8 images"),
+        (voc_root, "pixels: background"),
         (class_root, "both 8, disc 8, square 8"),
         (coco_root / "images", "32 images"),
     ):
@@ -194,62 +161,68 @@ def test_check_says_what_is_there(coco_root, voc_root, class_root, capsys):
         assert words in capsys.readouterr().out
 
 
-def test_check_names_what_is_wrong(tmp_path, capsys):
+def test_check_names_what_is_wrong_and_fails(tmp_path, capsys):
     root = draw_coco(tmp_path / "coco", 4, 2)
     value = json.loads((root / "train.json").read_text())
     value["annotations"][0]["bbox"] = [1, 2, 0, 5]
     (root / "train.json").write_text(json.dumps(value))
     (root / "images/3.png").write_bytes(b"no image")
-    with pytest.raises(util.UserError, match="2 problems"):
+    with pytest.raises(util.UserError, match=r"^2 problems in .*coco; training leaves out"):
         check.main([str(root)])
     out = capsys.readouterr().out
-    assert "3.png" in out and "1 x no area" in out and "1 x unusable image" in out
+    assert "3.png" in out and "1 x no area" in out and "1 x unusable file" in out
+    command = [sys.executable, "-m", "tools.check", str(root / "train.json")]
+    done = subprocess.run(command, cwd=Path(check.__file__).parents[1], capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
-def test_a_split_is_written_and_taken(coco_root, voc_root, class_root, tmp_path):
-    for root, name in ((coco_root, "det"), (voc_root, "seg"), (class_root, "cls")):
+def test_a_mask_with_an_unknown_class_is_a_problem(voc_root, tmp_path, capsys):
+    for folder in ("JPEGImages", "ImageSets"):
+        (tmp_path / folder).symlink_to(voc_root / folder)
+    (tmp_path / "SegmentationClass").mkdir()
+    for path in (voc_root / "SegmentationClass").iterdir():
+        (tmp_path / "SegmentationClass" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "classes.txt").write_text("background\nsquare\ndisc\n")
+    check.main([str(tmp_path)])
+    Image.fromarray(np.full((64, 64), 9, np.uint8)).save(tmp_path / "SegmentationClass/val_00.png")
+    with pytest.raises(util.UserError, match="1 problems"):
+        check.main([str(tmp_path)])
+    assert "holds class 9" in capsys.readouterr().out
+
+
+def test_a_split_is_what_st_takes(coco_root, voc_root, class_root, tmp_path):
+    train_list = voc_root / "ImageSets/Segmentation/train.txt"
+    for name, source, root in (
+        ("tiny", coco_root / "train.json", coco_root),
+        ("seg-tiny", train_list, voc_root),
+        ("cls-tiny", class_root / "train", class_root),
+    ):
         out = tmp_path / f"{name}.json"
-        check.main(["split", str(root), "--fraction", "0.25", "--seed", "3", "--out", str(out)])
-        assert len(json.loads(out.read_text())["labeled"]) == 6
-    images = data.coco(coco_root, "train")
-    assert data.read_split(tmp_path / "det.json", images)["seed"] == 3
-    with pytest.raises(util.UserError, match="another version"):
-        data.read_split(tmp_path / "seg.json", images)
+        argv = ["--fraction", "0.25", "--seed", "3", "--out", str(out)]
+        check.main(["split", str(source), *argv])
+        c = recipes.method(name, threshold="0.5")
+        plan = st.Plan(root=str(root), split=str(out), out=str(tmp_path), until="teacher")
+        human = st.load(plan, c, util.Proc())[0]
+        assert human.ids.tolist() == json.loads(out.read_text())["labeled"]
+        assert len(human) == 6
+    with pytest.raises(util.UserError, match="--fraction"):
+        check.main(["split", str(train_list), "--fraction", "2"])
 
 
-# ---- export, bench -------------------------------------------------------------------------------
+# ---- bench ---------------------------------------------------------------------------------------
 
 
-def test_exports_fit_torchvision_and_name_detectron2s_tensors(tmp_path):
-    torch.manual_seed(0)
-    net = backbones.build("resnet18")
-    about = {"backbone": "resnet18", "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
-    torch.save({"model": net.state_dict(), "about": about}, tmp_path / "backbone.pt")
-    line = export.export(tmp_path, "torchvision", str(tmp_path / "tv.pth"))
-    assert "mean [25.5, 51.0, 76.5]" in line
-    other = torchvision.models.resnet18()
-    missing = other.load_state_dict(
-        torch.load(tmp_path / "tv.pth", weights_only=True), strict=False
-    )
-    assert set(missing.missing_keys) == {"fc.weight", "fc.bias"} and not missing.unexpected_keys
-    export.main([str(tmp_path), "detectron2", str(tmp_path / "d2.pth")])
-    names = torch.load(tmp_path / "d2.pth", weights_only=True)["model"]
-    for name in ("stem.conv1.weight", "stem.conv1.norm.running_var", "res3.0.shortcut.norm.bias"):
-        assert name in names
-    assert len(names) == len(backbones.without_counters(net.state_dict()))
-    with pytest.raises(util.UserError, match="does not end in .pth"):
-        export.export(tmp_path, "torchvision", "x.pt")
-    torch.save({"model": {}, "about": {"backbone": "efficientnet_b0"}}, tmp_path / "e.pth")
-    with pytest.raises(util.UserError):
-        export.export(tmp_path / "e.pth", "torchvision", str(tmp_path / "y.pth"))
+@pytest.mark.parametrize("name", ["tiny", "tiny-c4", "seg-tiny", "cls-tiny"])
+def test_bench_measures_a_recipe(name, capsys):
+    bench.main(["recipe", "--recipe", name, "--size", "64", "--batch", "2", "--rounds", "1"])
+    assert "images/s" in capsys.readouterr().out
 
 
-def test_bench_measures_recipes_and_rivals(capsys):
-    for recipe in ("seg-tiny", "cls-tiny", "tiny", "tiny-c4"):
-        bench.main(["recipe", "--recipe", recipe, "--size", "64", "--batch", "2", "--rounds", "1"])
-        assert "images/s" in capsys.readouterr().out
-    batch = bench.fake_batch(64, 2)
-    step = bench.torchvision_step(batch, 64, torch.float32, False)
-    step()
-    with pytest.raises(util.UserError, match="multiple of 32"):
+def test_the_rivals_train_on_the_same_images():
+    batch = bench.fake_batch("det", 64, 2)
+    assert batch["images"].shape == (2, 3, 64, 64) and batch["boxes"].max() <= 64
+    bench.torchvision_step(batch, 64, util.Proc(), channels_last=True)()
+    outlined = bench.fake_batch("rcnn", 64, 2, instances=True)
+    assert (outlined["number"] >= 0).all() and outlined["numbers"].shape == (2, 64, 64)
+    with pytest.raises(util.UserError, match="no multiple of 32"):
         bench.main(["train", "--size", "70"])

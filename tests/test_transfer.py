@@ -295,12 +295,30 @@ def test_neighbours_vote_by_cosine(monkeypatch):
     assert transfer.knn(None, sets, PLAIN, settings(), Proc()) == {"accuracy": 1.0}
 
 
-def test_unreadable_images_are_not_scored(colours, tmp_path):
-    folder = shutil.copytree(colours, tmp_path / "copy")
-    (folder / "test/red/0.png").write_bytes(b"no image")
-    images = transfer.load(str(folder), 0)["test"]
-    x, y = transfer.features(backbone(), images, PLAIN, settings(), Proc())
-    assert len(x) == len(y) == 23 and (y >= 0).all()
+def test_unreadable_images_are_neither_scored_nor_learnt(colours, tmp_path):
+    several = listed(colours, tmp_path / "lists")
+    for folder in (shutil.copytree(colours, tmp_path / "copy"), several):
+        for part in ("train", "test"):
+            (folder / part / "red/0.png").write_bytes(b"no image")
+        sets = transfer.load(str(folder), 0)
+        x, y = transfer.features(backbone(), sets["test"], PLAIN, settings(), Proc())
+        assert len(x) == len(y) == 23 and (y >= 0).all()
+        c = settings(labels=36, tune_steps=3, probe_steps=1, augmented=True)
+        for evaluate in (transfer.linear, transfer.finetune):  # the image is in their batches
+            evaluate(backbone(), sets, PLAIN, c, Proc())
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([2, -1, 0, 1])
+    expected = F.cross_entropy(logits[[0, 2, 3]], labels[[0, 2, 3]])
+    assert torch.allclose(transfer.loss_of(logits, labels), expected)
+    assert transfer.loss_of(logits, torch.full((4, 3), -1)) == 0
+
+
+def test_draws_do_not_depend_on_how_a_folder_is_spelt(colours, monkeypatch):
+    monkeypatch.chdir(colours.parent)
+    for name in ("colours", "./colours", "../transfer0/colours"):
+        images = transfer.load(name, 0)["train"]
+        few = transfer.few_labels(images, 6, 0)
+        assert set(few.files) == set(transfer.few_labels(images.subset(range(36)), 6, 0).files)
 
 
 # ---- MME -----------------------------------------------------------------------------------------

@@ -1,114 +1,125 @@
-"""What is wrong with a data set, before it is trained on; and label splits.
+"""What is wrong with a data set, and which of its images count as labelled.
 
-    python -m tools.check DIR                           whatever st.py --root or --unlabeled takes
-    python -m tools.check train.json [--images DIR]     a COCO file
-    python -m tools.check split DIR --fraction 0.2 --seed 0 --out split.json [--list train]
+    python -m tools.check PATH [--images DIR]
+    python -m tools.check split SOURCE --fraction 0.2 [--seed 0] --out split.json
 
-Every file that training would read is read. Exit code 2 if something is wrong.
+PATH: a COCO json (--images: where its images are), a COCO or PASCAL VOC folder, a folder with
+train/CLASS and val/CLASS, or a folder of images. Every file that training would read is read; exit
+code 2 if there are problems. SOURCE: a COCO json, a list of PASCAL VOC (ImageSets/Segmentation/
+NAME.txt), or a folder of class folders. st.py --split takes what is written.
 """
 
 import argparse
-import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+import augment
 import data
 import util
-from util import UserError, need
+from util import need
 
 
-def sets_of(path, image_dir=None):
-    """The sets that a path holds: [Images]."""
-    root = Path(path)
-    data.ensure(root)
-    if root.suffix == ".json":
-        return [data.read_coco(root, image_dir or data.folder_beside(root))]
-    if (root / "ImageSets/Segmentation").is_dir():
-        lists = sorted(p.stem for p in (root / "ImageSets/Segmentation").glob("*.txt"))
-        labelled = [name for name in lists if name in ("train", "val", "trainval", "trainaug")]
-        return [data.voc(root, name) for name in labelled]
-    parts = ("train", "val", "test")
-    if (root / "train.json").exists() or (root / "annotations").is_dir():
-        return [data.coco(root, "train"), data.coco(root, "val")]
-    if (root / "train").is_dir() and any(p.is_dir() for p in (root / "train").iterdir()):
-        train = data.folder(root, "train")
-        return [train, *(data.folder(root, p, train) for p in parts[1:] if (root / p).is_dir())]
+def data_sets(path, image_dir):
+    """The sets of images at a path, as Images."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return [data.read_coco(path, image_dir or data.folder_beside(path))]
+    need(path.is_dir(), f"{path} is neither a .json file nor a folder")
+    if (path / "ImageSets/Segmentation").is_dir():
+        names = [name for name in ("train", "trainaug", "val") if has_list(path, name)]
+        need(names, f"{path}/ImageSets/Segmentation has neither train.txt nor val.txt")
+        return [data.voc(path, name) for name in names]
+    if (path / "annotations").is_dir() or (path / "train.json").exists():
+        return [data.coco(path, "train"), data.coco(path, "val")]
+    if (path / "train").is_dir():
+        parts = [part for part in ("train", "val", "test") if (path / part).is_dir()]
+        train_set = data.folder(path, "train")
+        return [train_set] + [data.folder(path, part, train_set) for part in parts[1:]]
     return [data.listed(path, "PATH")]
 
 
+def has_list(root, name):
+    return data.voc_list_file(root, name).exists()
+
+
 def check(images):
-    """Reads all of a set and prints what is in it -> number of problems."""
+    """Reads all images, and prints what they hold and what is wrong -> number of problems."""
+    names = {**dict(enumerate(images.class_names)), augment.IGNORE: "ignored"}
     problems = Counter(images.dropped)
     pixels = np.zeros(256, np.int64)
-    for i in range(len(images)):
-        try:
-            _, target = images.read(i)
-            if images.masks is not None:
-                pixels += np.bincount(target["mask"].ravel(), minlength=256)
-        except data.BadImage as error:
-            problems["unusable image"] += 1
-            print(f"  {error}")
-    print(f"{images.source}: {len(images)} images")
-    K = len(images.class_names)
-    if images.boxes is not None:
-        count = np.bincount(images.labels, minlength=K).tolist()
-        empty = int((np.diff(images.start) == 0).sum())
-        crowds = int(images.crowd.sum())
-        print(f"  {len(images.boxes)} boxes ({crowds} crowd), {empty} images without objects")
-        print("  " + ", ".join(f"{n} {k}" for n, k in zip(images.class_names, count)))
+    with ThreadPoolExecutor() as pool:
+        for error, count in pool.map(lambda i: read(images, i), range(len(images))):
+            pixels += count
+            if error:
+                problems["unusable file"] += 1
+                print(f"  {error}")
+    print(f"{images.source}: {len(images)} images" + boxes_of(images))
     if images.masks is not None:
-        share = pixels / max(pixels.sum(), 1)
-        shares = [f"{name} {share[k]:.1%}" for k, name in enumerate(images.class_names)]
-        print("  share of pixels: " + ", ".join([*shares, f"ignored {share[255]:.1%}"]))
-    if images.image_class is not None:
-        count = np.bincount(images.image_class, minlength=K).tolist()
-        print("  " + ", ".join(f"{n} {k}" for n, k in zip(images.class_names, count)))
+        shares = [f"{names[k]} {pixels[k] / pixels.sum():.1%}" for k in np.flatnonzero(pixels)]
+        print("  pixels: " + ", ".join(shares))
+    elif images.boxes is not None or images.image_class is not None:
+        labels = images.labels if images.boxes is not None else images.image_class
+        count = np.bincount(labels, minlength=len(images.class_names))
+        print("  " + ", ".join(f"{name} {n}" for name, n in zip(images.class_names, count)))
     for reason, n in problems.items():
         print(f"  {n} x {reason}")
-    return problems.total()
+    return sum(problems.values())
 
 
-def split_of(path, name, fraction, seed):
-    """Which of the images of PATH's list `name` count as labelled."""
-    root = Path(path)
-    if root.suffix == ".json":
-        images = data.read_coco(root, data.folder_beside(root))
-    elif (root / "ImageSets/Segmentation").is_dir():
-        images = data.voc(root, name)
-    elif (root / "train.json").exists() or (root / "annotations").is_dir():
-        images = data.coco(root, name)
-    else:
-        images = data.folder(root, name)
-    need(0 < fraction <= 1, f"--fraction {fraction}: give a number above 0 and up to 1")
-    return data.make_split(images, fraction, seed), len(images)
+def read(images, i):
+    """-> what is wrong with image i or None, how many pixels it has of each class (256,)."""
+    try:
+        _, target = images.read(i)
+    except data.BadImage as error:
+        return str(error), np.zeros(256, np.int64)
+    return None, np.bincount(target.get("mask", np.zeros(0, int)).ravel(), minlength=256)
+
+
+def boxes_of(images):
+    if images.boxes is None:
+        return ""
+    empty = int((np.diff(images.start) == 0).sum())
+    crowds = int(images.crowd.sum())
+    return f" ({empty} without boxes), {len(images.boxes)} boxes ({crowds} of crowds)"
+
+
+def labelled_set(source):
+    """Images of what a label split is made for; their ids and source are as st.py finds them."""
+    source = Path(source)
+    if source.suffix == ".json":
+        return data.read_coco(source, data.folder_beside(source))
+    if source.suffix == ".txt":
+        root = source.parents[2]
+        need(has_list(root, source.stem), f"{source} is no ImageSets/Segmentation/NAME.txt")
+        return data.voc_images(root, source.stem)
+    need(source.is_dir(), f"{source} is neither a .json nor a .txt file, nor a folder")
+    return data.folder(source.parent, source.name)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that errors are one line
-    )
-    if argv[:1] == ["split"]:
-        parser.add_argument("path")
-        parser.add_argument("--fraction", type=float, required=True)
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--list", default="train")
-        parser.add_argument("--out", required=True)
-        args = parser.parse_args(argv[1:])
-        split, n = split_of(args.path, args.list, args.fraction, args.seed)
-        util.write_json(args.out, split)
-        print(f"{args.out}: {len(split['labeled'])} of {n} images labelled")
-        return
-    parser.add_argument("path")
-    parser.add_argument("--images", help="folder of the images of a COCO file")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("path", nargs="+", metavar="PATH | split SOURCE")
+    parser.add_argument("--images", help="folder with the images of a COCO json")
+    parser.add_argument("--fraction", type=float, help="of the images that count as labelled")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="split.json")
     args = parser.parse_args(argv)
-    problems = sum(check(images) for images in sets_of(args.path, args.images))
-    if problems:
-        raise UserError(f"{problems} problems in {args.path}; training leaves out what is listed")
+    if args.path[0] == "split" and len(args.path) == 2:
+        fits = args.fraction is not None and 0 < args.fraction <= 1
+        need(fits, "--fraction must be given, above 0 and up to 1")
+        images = labelled_set(args.path[1])
+        split = data.make_split(images, args.fraction, args.seed)
+        util.write_json(args.out, split)
+        print(f"{args.out}: {len(split['labeled'])} of {len(images)} images count as labelled")
+        return
+    need(len(args.path) == 1, "give one PATH, or: split SOURCE --fraction F --out FILE")
+    path = args.path[0]
+    problems = sum(check(images) for images in data_sets(path, args.images))
+    need(not problems, f"{problems} problems in {path}; training leaves out what is listed above")
 
 
 if __name__ == "__main__":

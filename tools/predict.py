@@ -1,201 +1,213 @@
-"""Labels images with a trained network.
+"""A trained network's answers on a folder of images, for self-training or for use elsewhere.
 
-    python -m tools.predict runs/x/student IMAGES --out labels [--threshold 0.4]
+    python -m tools.predict runs/x/student IMAGES --out labels      a stage's folder, or a step_*.pt
+    python -m tools.predict retinanet_resnet50_fpn_coco-eeacb38b.pth IMAGES --out labels
 
-IMAGES: a folder, glob, .txt list or COCO json. labels/ becomes a store of all answers, which
-st.py --pseudo takes, and what is over the threshold in a common format: pseudo.json (COCO, with
-scores), masks/ as index PNGs in labels/, or classes.csv. The same command resumes.
-
-The network may also be torchvision's COCO detector, retinanet_resnet50_fpn_coco-eeacb38b.pth, at
-torchvision's own resolution: a ready teacher for 80 classes.
+IMAGES: a folder, glob, .txt list or COCO json. The second network is torchvision's detector with
+its weights for COCO. OUT is a store of answers, which st.py --pseudo OUT takes. Besides, from
+--threshold on: boxes as OUT/pseudo.json (COCO's format with scores), masks as OUT/labels/*.png
+(255 under the threshold), classes as OUT/classes.csv. The same command resumes.
 """
 
-import argparse
 import csv
+import dataclasses
+import os
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet_resnet50_fpn
+from PIL import Image
+from torchvision.models.detection import RetinaNet, RetinaNet_ResNet50_FPN_Weights
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms.functional import to_tensor
 
 import answers
 import augment
-import backbones
 import data
 import recipes
 import st
 import util
-from tools.shapes import save_mask
-from util import need
+from tools import shapes
+from util import flag, need
 
-# ---- torchvision's detector ----------------------------------------------------------------------
+# answers: function of images and positions in them; inputs: what the answers depend on
+Network = namedtuple("Network", "answers inputs class_names class_ids threshold")
 
 
-def coco_detector(path, floor):
-    """torchvision's retinanet_resnet50_fpn with the weights in a file, None if it holds others."""
-    if not Path(path).is_file():
+@dataclasses.dataclass
+class Plan:
+    """what comes out"""
+
+    out: str = flag("", "folder of the answers")
+    threshold: float = flag(None, "least score of a label [the checkpoint's; for auto 0.5]")
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def open_network(path, images, threshold, proc):
+    state = torchvision_state(path)
+    if state:
+        return torchvision_detector(state, images, threshold or 0.5, proc)
+    net, about = st.restore(path, proc)
+    c = recipes.Method(**about["config"])
+    if threshold is None:
+        threshold = 0.5 if c.threshold == "auto" else float(c.threshold)
+    c.threshold = str(threshold)
+    how = recipes.answering(c)
+    inputs = {**how, **recipes.labelling_inputs(c, net, images, None, proc.dtype)}
+    answers_of = st.TASKS[c.task].answers
+
+    def answer(index):
+        return answers_of(net, images, index, c.image_size, proc, **how)
+
+    return Network(answer, inputs, about["class_names"], about["class_ids"], threshold)
+
+
+def torchvision_state(path):
+    """The state dict in torchvision's weights file of a RetinaNet; None for anything else."""
+    if not os.path.isfile(path):
         return None
     try:
-        state = backbones.read_file(str(path))
-    except ValueError as error:
-        raise util.UserError(str(error)) from None
-    state = state.get("model", state)
-    if not any(k.startswith("head.classification_head") for k in state):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)  # as its training script saves it
+    except Exception:  # torch raises many kinds; st.restore says what is wrong
         return None
-    net = retinanet_resnet50_fpn(weights=None, weights_backbone=None, score_thresh=floor)
+    return state if any(key.startswith("head.classification_head") for key in state) else None
+
+
+def torchvision_detector(state, images, threshold, proc):
+    """torchvision's network with its own resizing: 800 px, 1333 at most."""
+    floor = min(recipes.FLOOR, threshold)
+    categories = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    # retinanet_resnet50_fpn(weights=None) would not do: its batch norm has an eps of 1e-5,
+    # and with these weights torchvision takes 0. Some channels have variances near 1e-45.
+    pyramid = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, **pyramid)
+    net = RetinaNet(backbone, len(categories), score_thresh=floor)
     try:
         net.load_state_dict(state)
-    except RuntimeError:
-        raise util.UserError(f"{path} is not torchvision's retinanet_resnet50_fpn") from None
-    return net.eval()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:80]
+        raise util.UserError(
+            f"not the weights of retinanet_resnet50_fpn on COCO: {reason}"
+        ) from None
+    for module in net.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0
+    net.eval().to(proc.device)
+    ids = [i for i, name in enumerate(categories) if name not in ("__background__", "N/A")]
+    label_of = torch.full((len(categories),), -1)
+    label_of[ids] = torch.arange(len(ids))
+
+    @torch.no_grad()
+    def answer(index):
+        for i in index:
+            image, target = data.read(images, i)
+            if not target["usable"]:
+                yield i, None
+                continue
+            (found,) = net([to_tensor(image).to(proc.device)])
+            labels = label_of[found["labels"].cpu()]
+            named = labels >= 0
+            yield (
+                i,
+                {
+                    "boxes": found["boxes"].cpu()[named].numpy(),
+                    "scores": found["scores"].cpu()[named].numpy(),
+                    "labels": labels[named].numpy(),
+                    "size": target["size"],
+                },
+            )
+
+    inputs = {"weights": util.digest_weights(net.state_dict()), "floor": floor}
+    inputs["images"] = util.digest([images.path(i) for i in range(len(images))])
+    return Network(answer, inputs, [categories[i] for i in ids], ids, threshold)
 
 
-def coco_classes():
-    """The 80 categories that have a name: {COCO's id: name}."""
-    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}
+# ---- files for use elsewhere ---------------------------------------------------------------------
 
 
-@torch.no_grad()
-def coco_boxes(net, images, index, proc):
-    """As answers.boxes, each image by itself."""
-    position = {i: k for k, i in enumerate(coco_classes())}
-    for i in index:
-        image, target = data.read(images, i)
-        if not target["usable"]:
-            yield i, None
-            continue
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-        found = {k: v.cpu() for k, v in net([pixels.to(proc.device)])[0].items()}
-        named = [k for k, label in enumerate(found["labels"].tolist()) if label in position]
-        labels = [position[label] for label in found["labels"][named].tolist()]
-        yield (
-            i,
-            {
-                "boxes": found["boxes"][named].numpy(),
-                "scores": found["scores"][named].numpy(),
-                "labels": np.array(labels, dtype=np.int64),
-                "size": (image.height, image.width),
-            },
-        )
+def write_labels(out, network):
+    """The answers in a store from the threshold on, in the format of their kind -> its path."""
+    rows = [row for row in answers.read_answers(out) if "bad" not in row]
+    root = os.path.commonpath([os.path.dirname(row["file"]) for row in rows] or ["/"])
+    names = [os.path.relpath(row["file"], root) for row in rows]
+    if not rows or "boxes" in rows[0]:
+        util.write_json(out / "pseudo.json", coco_labels(rows, names, network, root))
+        return out / "pseudo.json"
+    if "mask" in rows[0]:
+        for row, name in zip(rows, names):
+            with Image.open(out / "masks" / row["mask"]) as stored:
+                mask, sure = np.asarray(stored).transpose(2, 0, 1)
+            mask = np.where(sure >= round(200 * network.threshold), mask, augment.IGNORE)
+            path = out / "labels" / Path(name).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shapes.save_mask(mask, path)
+        return out / "labels"
+    with open(out / "classes.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "class", "score"])
+        for row, name in zip(rows, names):
+            if row["score"] >= network.threshold:
+                table.writerow([name, network.class_names[row["label"]], row["score"]])
+    return out / "classes.csv"
 
 
-# ---- common formats ------------------------------------------------------------------------------
-
-
-def write_coco(out, threshold, class_ids, class_names):
-    """pseudo.json: every image, and the boxes over the threshold with their scores."""
+def coco_labels(rows, names, network, root):
+    """COCO json of all images, those without a label too. Image ids are positions + 1."""
     images = []
-    boxes = []
-    for row in answers.read_answers(out):
-        if "bad" in row:
-            continue
-        height, width = row["size"]
-        name = {"id": row["i"] + 1, "file_name": Path(row["file"]).name}
-        images.append({**name, "path": row["file"], "height": height, "width": width})
-        for xywh, k, score in zip(row["boxes"], row["labels"], row["scores"]):
-            if score >= threshold:
-                box = {"id": len(boxes) + 1, "image_id": row["i"] + 1, "bbox": xywh, "iscrowd": 0}
-                area = round(xywh[2] * xywh[3], 2)
-                boxes.append({**box, "category_id": class_ids[k], "area": area, "score": score})
-    categories = [{"id": i, "name": name} for i, name in zip(class_ids, class_names)]
-    value = {"images": images, "annotations": boxes, "categories": categories}
-    util.write_json(out / "pseudo.json", value)
-    return out / "pseudo.json", f"{len(boxes)} boxes on {len(images)} images"
-
-
-def write_masks(out, threshold, classes):
-    """labels/NAME.png: index masks with VOC's palette, 255 where the network is not sure."""
-    (out / "labels").mkdir(exist_ok=True)
-    count = 0
-    for row in answers.read_answers(out):
-        if "mask" in row:
-            mask = data.read_mask(out / "masks" / row["mask"], len(classes), threshold)
-            path = out / "labels" / row["mask"]
-            util.write_atomic(path, lambda p, mask=mask: save_mask(mask.astype(np.uint8), p))
-            count += 1
-    return out / "labels", f"{count} masks; {augment.IGNORE}: under the threshold"
-
-
-def write_classes(out, threshold, classes):
-    """classes.csv: image, class, probability; the class is empty under the threshold."""
-    rows = []
-    for row in answers.read_answers(out):
-        if "label" in row:
-            name = classes[row["label"]] if row["score"] >= threshold else ""
-            rows.append((row["file"], name, row["score"]))
-
-    def write(path):
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([("image", "class", "probability"), *rows])
-
-    util.write_atomic(out / "classes.csv", write)
-    named = sum(name != "" for _, name, _ in rows)
-    return out / "classes.csv", f"{named} of {len(rows)} images have a class"
-
-
-# ---- the command ---------------------------------------------------------------------------------
+    annotations = []
+    for row, name in zip(rows, names):
+        h, w = row["size"]
+        images.append({"id": row["i"] + 1, "file_name": name, "height": h, "width": w})
+        for box, label, score in zip(row["boxes"], row["labels"], row["scores"]):
+            if score >= network.threshold:
+                annotation = {"id": len(annotations) + 1, "image_id": row["i"] + 1}
+                annotation["category_id"] = network.class_ids[label]
+                annotation.update(bbox=box, area=box[2] * box[3], iscrowd=0, score=score)
+                annotations.append(annotation)
+    categories = [{"id": k, "name": n} for k, n in zip(network.class_ids, network.class_names)]
+    info = {"description": f"labels of a network; file names are relative to {root}"}
+    return {
+        "info": {**info, "threshold": network.threshold},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that errors are one line
-    )
-    parser.add_argument("network", help="stage folder, checkpoint, or torchvision's weights")
-    parser.add_argument("images", help="folder, glob, .txt list or COCO json")
-    parser.add_argument("--out", required=True, help="folder of the answers")
-    parser.add_argument("--threshold", type=float, default=0.5, help="[0.5; 0.3 for classes]")
-    args = parser.parse_args(argv)
-    need(0 <= args.threshold < 1, f"--threshold {args.threshold}: give a number from 0 to below 1")
-    proc = util.start(util.Machine())
-    out = Path(args.out)
-    images = data.listed(args.images, "IMAGES")
-    floor = min(recipes.FLOOR, args.threshold)
-    net = coco_detector(args.network, floor)
-    if net:
-        class_ids, class_names = list(coco_classes()), list(coco_classes().values())
-        task = "det"
-        answering = coco_boxes
-        how = {"floor": floor}
-        net = net.to(proc.device)
-        size = 0
-    else:
-        net, about = st.restore(args.network, proc)
-        class_ids, class_names = about["class_ids"], about["class_names"]
-        c = recipes.Method(**about["config"])
-        c.threshold = str(args.threshold)
-        task, size = c.task, c.image_size
-        how = recipes.answering(c)
-        if task == "seg":
-            how = {}  # one scale, as in evaluation
-
-        def answering(net, images, index, proc):
-            return st.TASKS[task].answers(net, images, index, size, proc, **how)
-
-    inputs = {"weights": util.digest_weights(net.state_dict()), "images": images.digest()}
-    inputs |= {"names": class_names, "size": size, **how}
+    argv = sys.argv[1:] if argv is None else argv
+    paths = argv[:2]
+    if any(path.startswith("-") for path in paths):
+        paths = []
+    plan, machine = util.parse(__doc__, Plan, util.Machine, argv=argv[len(paths) :])
+    need(len(paths) == 2, "give a checkpoint and its images, e.g. runs/x/student IMAGES")
+    plan = Plan(**plan)
+    out = Path(plan.out)
+    need(plan.out, "--out is missing: a folder for the answers")
+    need(not (out / "config.json").exists(), f"{out} is a run of st.py; give another --out")
+    proc = util.start(util.Machine(**machine))
     proc.first(lambda: util.claim(out))
-    if not proc.first(lambda: util.finished(out, inputs)):
+    images = data.listed(paths[1], "IMAGES")
+    network = open_network(paths[0], images, plan.threshold, proc)
+    if not proc.first(lambda: util.finished(out, network.inputs)):
         store = answers.Answers(out, images, proc)
-        meter = util.Meter(proc.log, "answers", 0, len(store.missing), proc.world)
-        for n, (i, answer) in enumerate(answering(net, images, store.missing, proc), 1):
+        meter = util.Meter(proc.log, out.name, 0, len(store.missing), proc.world)
+        for n, (i, answer) in enumerate(network.answers(store.missing), 1):
             store.add(i, answer)
             if n % 200 == 0:
                 meter.line(n)
         proc.gather(None)  # wait until all processes are done
-        result = {"images": len(images), "classes": class_names}
-        proc.first(lambda: util.finish(out, inputs, result))
-    if proc.rank == 0:
-        if task == "seg":
-            path, what = write_masks(out, args.threshold, class_names)
-        elif task == "cls":
-            path, what = write_classes(out, args.threshold, class_names)
-        else:
-            path, what = write_coco(out, args.threshold, class_ids, class_names)
-        print(f"{path}: {what}, at threshold {args.threshold:g}", file=sys.stdout)
+        result = {"images": len(images), "classes": network.class_names}
+        proc.first(lambda: util.finish(out, network.inputs, result))
+    written = proc.first(lambda: write_labels(out, network))
+    proc.log.say(f"{len(images)} images; labels of at least {network.threshold:g}: {written}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""What the data and a run look like: pictures with boxes or masks, one self-contained report.
+"""What runs and augmentation policies look like.
 
-    python -m tools.show run runs/demo          first batches, pseudo-labels, curves, report.html
-    python -m tools.show augment [--image FILE --json train.json | --image FILE --mask FILE.png]
-    python -m tools.show figure runs/demo --out figure.jpg      teacher, pseudo-labels, student
+    python -m tools.show run runs/demo                        its report.html and pictures
+    python -m tools.show figure runs/demo --out figure.jpg    teacher, pseudo-labels, student
+    python -m tools.show augment                              an image under Augment-S1 .. S4
+    python -m tools.show augment --image FILE --json train.json | --mask FILE
 
-The report can be mailed as one file: no scripts, nothing fetched. Its numbers were computed by
-st.py. In masks class 0 shows the image as it is, and 255 (ignored) is white.
+The report is one file without scripts, of a finished run or not. Boxes under the threshold are thin
+and grey. In masks, class 0 shows the image as it is, and 255 (no label) is white.
 """
 
 import argparse
 import base64
 import dataclasses
 import html
-import io
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,428 +29,437 @@ import st
 import util
 from util import need
 
-HUMAN, PSEUDO, NEUTRAL = "#1f6fb4", "#d9660d", "#5b6470"  # one meaning everywhere
+PART_COLOURS = {"human": "#1f6fb4", "pseudo": "#d9660d", "classified": "#5b6470"}
+HUMAN, PSEUDO, GREY = PART_COLOURS.values()
 # fmt: off
-COLOURS = [  # of class k: k modulo 16
+CLASS_COLOURS = [  # class k: k modulo 16
     "#e6194b", "#ffe119", "#4363d8", "#3cb44b", "#f032e6", "#42d4f4", "#f58231", "#bfef45",
     "#911eb4", "#fabed4", "#469990", "#9a6324", "#dcbeff", "#800000", "#aaffc3", "#000075"]
 # fmt: on
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1c2126;max-width:1100px;margin:2em auto;
-padding:0 1em}h2{margin-top:2em;border-bottom:1px solid #dde1e5}img{max-width:100%}
-table{border-collapse:collapse}td,th{padding:.15em .8em;text-align:right}
-tr>:first-child{text-align:left}pre{background:#f4f6f8;white-space:pre-wrap}.note{color:#5b6470}
-svg{max-width:100%}text{font:11px sans-serif;fill:#3c444c}polyline{fill:none;stroke-width:1.7}
-@media(prefers-color-scheme:dark){body{background:#16191d;color:#e4e7ea}pre{background:#23282e}
-text{fill:#c3c9cf}}"""
+SHOWN = 16  # images of a sheet
+DRAWS = 5  # of each policy
+LOW = 0.15  # score from which the figure shows the teacher's answers
+QUIET = util.Proc(log=util.Log(rank=1))
+STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 1090px; margin: 2em auto } img { max-width: 100% }
+td, th { padding: .15em .8em; text-align: right; border-bottom: 1px solid #e6e9ec }
+tr > :first-child { text-align: left } table { border-collapse: collapse }
+.chosen { background: #fdeede } svg { width: 500px; font: 12px sans-serif }
+polyline { fill: none; stroke-width: 1.6 } pre { background: #f4f6f8; white-space: pre-wrap }"""
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 
+def class_colour(k):
+    return ImageColor.getrgb(CLASS_COLOURS[k % len(CLASS_COLOURS)])
+
+
 def draw_mask(image, mask):
     """The PIL image under its mask (h, w) uint8: class k > 0 in half of its colour, 255 white."""
-    table = [(0, 0, 0)]
-    table += [ImageColor.getrgb(COLOURS[(k - 1) % len(COLOURS)]) for k in range(1, 255)]
-    colours = np.array([*table, (255, 255, 255)])
-    share = np.full(mask.shape, 0.5)
-    share[mask == 0] = 0
-    share[mask == augment.IGNORE] = 0.7
-    share = share[..., None]
-    pixels = np.asarray(image.convert("RGB")) * (1 - share) + colours[mask] * share
+    colours = np.array([class_colour(k - 1) for k in range(256)], float)
+    colours[augment.IGNORE] = 255
+    cover = np.full(256, 0.5)
+    cover[0] = 0
+    cover[augment.IGNORE] = 0.7
+    cover = cover[mask][..., None]  # (h, w, 1)
+    pixels = np.asarray(image.convert("RGB")) * (1 - cover) + colours[mask] * cover
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def draw_boxes(image, target, class_names, scale=1):
-    """A copy of the PIL image, enlarged by `scale`, over the mask of target if it has one, with
-    every box, its class and its score where below 1."""
-    size = [max(1, round(n * scale)) for n in image.size]
+def draw_boxes(image, target, class_names, scale=1.0, sure=0.0, font_size=12):
+    """A copy of the PIL image, enlarged, with the boxes of target, their classes and their scores
+    below 1, over the mask of target if it has one. Boxes of a score below `sure` are faint."""
+    size = [max(1, round(side * scale)) for side in image.size]
     image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    if "mask" in target:
+    if "mask" in target and target["mask"].dtype == np.uint8:  # else a map of objects
         mask = Image.fromarray(target["mask"]).resize(size, Image.Resampling.NEAREST)
         image = draw_mask(image, np.asarray(mask))
     pen = ImageDraw.Draw(image)
-    tags = []
-    scores = target.get("scores", np.ones(len(target["boxes"])))
-    for box, k, score in zip(target["boxes"], target["labels"], scores):
-        x0, y0, x1, y1 = (float(v) * scale for v in box)
-        colour = COLOURS[int(k) % len(COLOURS)]
-        far = (max(x1 - 1, x0), max(y1 - 1, y0))  # the far edge is exclusive
-        pen.rectangle((x0, y0, *far), outline=colour, width=2)
-        text = str(class_names[int(k)])[:20]
+    names = []
+    for k in np.argsort(target["scores"], kind="stable"):  # the surest on top
+        score = target["scores"][k]
+        x0, y0, x1, y1 = (target["boxes"][k] * scale).tolist()
+        corners = [x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)]  # the far edge is exclusive
+        if score < sure:
+            pen.rectangle(corners, outline="#444444", width=2)
+            pen.rectangle(corners, outline="#f4f4f4")  # two lines, to be seen on any ground
+            continue
+        label = int(target["labels"][k])
+        pen.rectangle(corners, outline=class_colour(label), width=2)
+        text = str(class_names[label])[:20]
         if score < 1:
             text += f" {score:.2f}"
-        tags.append((-score, x0, y0, text, colour))
-    draw_tags(image, sorted(tags))
+        names.insert(0, (x0, y0, text, class_colour(label)))
+    write_names(image, names, font_size)  # after all boxes, so that no line crosses a name
     return image
 
 
-def draw_tags(image, tags):
-    """Names on boxes, after all boxes so that no line crosses one, the surest first; a name moves
-    down while another is in its place."""
+def write_names(image, names, font_size):
+    """Names [(x, y, text, colour)] of boxes; one moves down while another is in its place."""
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(12)
+    font = ImageFont.load_default(font_size)
+    height = font_size + 2
     taken = []
-    for _, x, y, text, colour in tags:
+    for x, y, text, colour in names:
         width = font.getlength(text) + 4
         x = max(0, min(x, image.width - width))
-        y = y - 14 if y >= 14 else y
+        if y >= height:
+            y -= height
         for _ in range(4):
-            if any(abs(y - v) < 13 and x < u + n and u < x + width for u, v, n in taken):
-                y += 14
+            if any(abs(y - v) < height and x < u + n and u < x + width for u, v, n in taken):
+                y += height
         taken.append((x, y, width))
-        pen.rectangle((x, y, x + width, y + 14), fill=colour)
-        r, g, b = ImageColor.getrgb(colour)
-        ink = "white" if 0.3 * r + 0.59 * g + 0.11 * b < 120 else "black"
-        pen.text((x + 2, y), text, fill=ink, font=font)
+        pen.rectangle((x, y, x + width, y + height), fill=colour)
+        bright = np.dot(colour, (0.30, 0.59, 0.11)) > 120
+        pen.text((x + 2, y), text, fill="black" if bright else "white", font=font)
 
 
-def sheet(tiles, class_names, columns=4):
-    """Tiles [(image, target, caption, colour of the frame)] as one picture; small images are shown
-    256 px wide, larger ones 384."""
-    images = []
-    for image, target, _, _ in tiles:
-        side = 256 if max(image.size) <= 256 else 384
-        images.append(draw_boxes(image, target, class_names, side / max(image.size)))
-    w = max(image.width for image in images) + 10
-    h = max(image.height for image in images) + 26
-    columns = min(columns, len(tiles))
-    size = (columns * w + 6, math.ceil(len(tiles) / columns) * h + 6)
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
+def grid(pictures, columns, gap=6, top=0):
+    """Pictures in rows on white, under `top` free pixels."""
+    columns = min(columns, len(pictures))
+    w = max(picture.width for picture in pictures) + gap
+    h = max(picture.height for picture in pictures) + gap
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * w + gap, top + rows * h + gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (gap + i % columns * w, top + gap + i // columns * h))
+    return sheet
+
+
+def save_sheet(path, tiles, class_names, columns=4, sure=0.0):
+    """Writes tiles [(image, target, caption, colour of the frame)] as a PNG or JPEG. Pictures are
+    shown 256 px wide; those that are larger, and tend to hold more, 384."""
     font = ImageFont.load_default(12)
-    for i, (image, (_, _, caption, colour)) in enumerate(zip(images, tiles)):
-        x, y = 6 + i % columns * w, 6 + i // columns * h
-        pen.rectangle((x, y, x + image.width + 3, y + image.height + 19), fill=colour)
-        pen.text((x + 4, y + 2), caption, fill="white", font=font)
-        picture.paste(image, (x + 2, y + 18))
-    return picture
+    pictures = []
+    for image, target, caption, colour in tiles:
+        side = 256 if max(image.size) <= 256 else 384
+        image = draw_boxes(image, target, class_names, side / max(image.size), sure)
+        frame = Image.new("RGB", (image.width + 4, image.height + 20), colour)
+        ImageDraw.Draw(frame).text((4, 2), caption, fill="white", font=font)
+        frame.paste(image, (2, 18))
+        pictures.append(frame)
+    save(path, grid(pictures, columns))
 
 
-def save(picture, path):
-    kind = "JPEG" if str(path).endswith((".jpg", ".jpeg")) else "PNG"
-    util.write_atomic(path, lambda p: picture.save(p, kind, quality=85))
+def save(path, image):
+    kind = "PNG" if Path(path).suffix == ".png" else "JPEG"
+    util.write_atomic(path, lambda p: image.save(p, kind, quality=90, subsampling=0))
 
 
-def batch_sheet(batch, parts, class_names):
-    """A training batch, up to 24 images as augmented, its parts told apart."""
-    tiles = []
-    part = batch["part"].tolist()
-    shown = [i for p in range(len(parts)) for i in range(len(part)) if part[i] == p]
-    shown = [i for i in shown if sum(part[i] == part[j] for j in shown[: shown.index(i)]) < 12]
-    for i in shown:
-        real = batch["labels"][i] >= 0  # -1 is padding
-        name = list(parts)[part[i]]
-        target = {
-            "boxes": batch["boxes"][i][real].numpy(),
-            "labels": batch["labels"][i][real].numpy(),
-        }
-        caption = f"{name}, image {batch['image_id'][i]}"
-        if "mask" in batch:
-            target["mask"] = batch["mask"][i].numpy()
-        if "image_class" in batch and batch["image_class"][i] >= 0:
-            names = parts[name][0].class_names
-            caption = f"{name}, {names[int(batch['image_class'][i])]}"
-        colour = {"human": HUMAN, "pseudo": PSEUDO}.get(name, NEUTRAL)
-        pixels = batch["images"][i].permute(1, 2, 0).contiguous().numpy()
-        tiles.append((Image.fromarray(pixels), target, caption, colour))
-    return sheet(tiles, class_names, 6)
+# ---- a run ---------------------------------------------------------------------------------------
 
 
-# ---- a run, read back ----------------------------------------------------------------------------
-
-
-def settings_of(run):
-    """(Plan, Method) of a run of st.py."""
+def open_run(run):
+    """-> config.json, the Plan and the Method in it, labelled and classified Images."""
     path = Path(run, "config.json")
-    need(path.exists(), f"{run} is no run of st.py: it has no config.json; give what --out named")
+    need(path.exists(), f"{run} is no run of st.py (no config.json); give what --out named")
     config = json.loads(path.read_text())
-    both = []
+    parts = []
     for kind in (st.Plan, recipes.Method):
-        names = {f.name for f in dataclasses.fields(kind)}
-        both.append(kind(**{k: v for k, v in config.items() if k in names}))
-    plan, c = both
-    plan.out = str(run)
-    plan.until = "teacher"  # st.load then passes over the unlabelled images
-    return plan, c
+        names = {f.name for f in dataclasses.fields(kind)} & config.keys()
+        parts.append(kind(**{name: config[name] for name in names}))
+    plan, c = parts
+    split = Path(run, "split.json")
+    if split.exists():
+        plan.split = str(split)
+    load = dataclasses.replace(plan, out=str(run), until="teacher")  # no look at unlabelled images
+    human, _, _, classified, _ = st.load(load, c, QUIET)
+    return config, plan, c, human, classified
 
 
 def read_log(path):
-    """{stage: [line]} by step; what a resumed stage logged twice is taken once."""
+    """{stage: {step: line}} of stages that train. Steps that were repeated after a kill replace the
+    first attempt."""
     log = {}
-    if not path.exists():
-        return log
-    for text in path.read_text(errors="replace").splitlines():
-        try:
+    for text in path.read_text().splitlines() if path.exists() else ():
+        if text.endswith("}") and '"loss"' in text:  # else cut off by a kill, or of labelling
             line = json.loads(text)
-        except ValueError:  # cut off by a kill
-            continue
-        rows = log.setdefault(line["stage"], [])
-        while rows and rows[-1]["step"] >= line["step"]:
-            rows.pop()
-        rows.append(line)
+            log.setdefault(line["stage"], {})[line["step"]] = line
     return log
 
 
-def first_batches(run, plan, c, proc):
-    """Draws the first batch of every training stage anew: a pure function of seed and step."""
-    human, _, _, classified, _ = st.load(plan, c, proc)
+def first_batch(folder, plan, c, human, classified):
+    """Tiles of the first step of the stage in `folder`, with the parts that st.self_train gives it.
+    They are drawn again: a batch is a function of seed, part, step and slot."""
     n = recipes.student_batch(c)
-    paths = []
-    stages = [p.parent for p in sorted(Path(run).glob("*/stage.json"))]
-    for stage in stages:
-        role = stage.name.rstrip("0123456789")
-        if role not in ("teacher", "student", "control"):
-            continue
-        parts = {"human": (human, {"teacher": c.batch, "student": n, "control": 2 * n}[role])}
-        if role == "student":
-            store = stage.with_name(stage.name.replace("student", "pseudo"))
-            store = Path(plan.pseudo) if plan.pseudo else store
-            threshold = threshold_of(store, c)
-            parts["pseudo"] = (answers.confident(store, threshold, human), n)
-        if classified:
-            parts["classified"] = (classified, c.batch if role == "teacher" else n)
-        policy = c.aug if role == "teacher" else c.student_aug
-        seed = st.stage_seed(c.seed, stage)
-        batch = next(data.batches(parts, range(1), policy, c.image_size, seed, proc))
-        paths.append(stage / "first_batch.png")
-        save(batch_sheet(batch, parts, human.class_names), paths[-1])
-    return paths
-
-
-def threshold_of(store, c):
-    if c.threshold == "auto":
-        return util.read_stage(store)["result"]["threshold"]
-    return float(c.threshold)
-
-
-def pseudo_sheet(store, c, human, count=20):
-    """Some of the images that keep a label, evenly spread."""
-    pseudo = answers.confident(store, threshold_of(store, c), human)
+    policy = c.student_aug
+    parts = {"human": (human, n)}
+    if folder.name == "teacher":
+        parts = {"human": (human, c.batch)}
+        policy = c.aug
+    elif folder.name.startswith("control"):
+        parts = {"human": (human, 2 * n)}
+    else:
+        store = plan.pseudo or folder.with_name(folder.name.replace("student", "pseudo"))
+        parts["pseudo"] = st.confident(store, c, human, QUIET)[0], n
+    if classified:
+        parts["classified"] = classified, c.batch if folder.name == "teacher" else n
+    seed = st.stage_seed(c.seed, folder)
+    images = data.TrainImages(parts, policy, c.image_size, seed)
+    keys = data.step_keys(parts, 0, seed, QUIET)
     tiles = []
-    for i in np.unique(np.linspace(0, len(pseudo) - 1, count).astype(int)).tolist():
-        image, target = data.read(pseudo, i)
-        caption = Path(pseudo.path(i)).name
+    for part, (of_part, _) in parts.items():
+        for key in [key for key in keys if key[0] == part][: SHOWN // len(parts)]:
+            image, target = images[key]
+            caption = f"{part}, image {target['image_id']}"
+            if "image_class" in target:
+                caption += f", {of_part.class_names[target['image_class']]}"
+            tiles.append((image, target, caption, PART_COLOURS[part]))
+    return tiles
+
+
+def evenly(n, count):
+    """Up to `count` of n positions, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+def pseudo_tiles(store, threshold, pseudo, human):
+    """Tiles of a store of answers; boxes down to half of the threshold."""
+    images = pseudo
+    if human.boxes is not None:
+        images = answers.confident(store, threshold / 2, human)
+    tiles = []
+    for i in np.searchsorted(images.ids, pseudo.ids[evenly(len(pseudo), SHOWN)]):
+        image, target = data.read(images, i)
+        caption = Path(images.path(i)).name
         if "image_class" in target:
-            caption = pseudo.class_names[target["image_class"]]
+            caption = f"{images.class_names[target['image_class']]}, {caption}"
+        if "mask" in target:
+            tiles.append((image, data.nothing(0), caption, GREY))
         tiles.append((image, target, caption, PSEUDO))
-    return sheet(tiles, human.class_names, 5)
+    return tiles
 
 
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def chart(title, lines, x_label="step"):
-    """Inline SVG from 0 up. lines: [(name, colour, [(x, y)])]."""
-    points = [p for _, _, row in lines for p in row]
-    if not points:
-        return ""
-    x1 = max(max(x for x, _ in points), 1)
-    y1 = max(max(y for _, y in points), 1e-9)
-    out = [f'<text x="40" y="14">{html.escape(title)}</text>']
-    for share in (0, 0.5, 1):
-        y = 190 - 150 * share
-        out.append(f'<path stroke="#8885" d="M40 {y}H500"/>')
-        out.append(f'<text x="36" y="{y + 4}" text-anchor="end">{y1 * share:.3g}</text>')
-    out.append(f'<text x="500" y="206" text-anchor="end">{x_label} {x1:g}</text>')
-    for k, (name, colour, row) in enumerate(lines):
-        row = row[:: max(1, len(row) // 400)] + row[-1:]
-        path = " ".join(f"{40 + 460 * x / x1:.1f},{190 - 150 * y / y1:.1f}" for x, y in row)
-        out.append(f'<polyline stroke="{colour}" points="{path}"/>')
-        out.append(
-            f'<text x="{60 + 110 * k}" y="30" style="fill:{colour}">{html.escape(name)}</text>'
-        )
-    return f'<svg viewBox="0 0 520 214" width="520">{"".join(out)}</svg>'
+def report(run):
+    """Writes RUN/report.html and its pictures, RUN/STAGE.jpg -> their paths."""
+    run = Path(run)
+    config, plan, c, human, classified = open_run(run)
+    log = read_log(run / "log.jsonl")
+    name = html.escape(run.resolve().name)
+    page = [
+        f'<!DOCTYPE html><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>',
+        f"<h1>{name}</h1><pre>{html.escape(config['command'])}</pre>",
+    ]
+    results = {stage: util.read_stage(run / stage).get("result", {}) for stage in log}
+    page.append(scores(results, st.TASKS[c.task].metrics))
+    losses = {stage: smooth(lines) for stage, lines in log.items()}
+    page.append(chart("loss by step, mean over 11 lines of the log", losses))
+    scored = {stage: result.get("curve", []) for stage, result in results.items()}
+    page.append(chart("score by step, see --eval-every", scored))
+    pictures = []
+    for stage in log:
+        pictures.append(run / f"{stage}.jpg")
+        tiles = first_batch(run / stage, plan, c, human, classified)
+        save_sheet(pictures[-1], tiles, human.class_names)
+        page.append(f"<h2>First batch: {stage}</h2>{embedded(pictures[-1])}")
+    stores = [Path(plan.pseudo)] if plan.pseudo else run.glob("pseudo*/")
+    for store in sorted(stores, key=lambda store: (len(store.name), store.name)):
+        pictures.append(run / f"{store.name}.jpg")
+        page.append(f"<h2>Pseudo-labels: {store.name}</h2>")
+        page += pseudo_labels(store, c, human, pictures[-1])
+    text = "\n".join(page)
+    util.write_atomic(run / "report.html", lambda p: p.write_text(text, encoding="utf-8"))
+    return [path for path in (run / "report.html", *pictures) if path.exists()]
 
 
-def table(head, rows):
-    out = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+def table(head, rows, chosen=None):
+    """chosen: the first cell of the row that is marked."""
+    lines = ["<tr>" + "".join(f"<th>{cell}" for cell in head)]
     for row in rows:
-        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
-        out += f"</tr>\n<tr>{cells}"
-    return f"<table><tr>{out}</tr></table>"
+        mark = ' class="chosen"' if row[0] == chosen else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}" for cell in row))
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
 def embedded(path):
-    """A picture inside the page, as JPEG: a fraction of a PNG's size, and only to be looked at."""
-    buffer = io.BytesIO()
-    Image.open(path).convert("RGB").save(buffer, "JPEG", quality=85)
-    text = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/jpeg;base64,{text}">'
+    code = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{path.name}" src="data:image/jpeg;base64,{code}">'
 
 
-def scores_html(results, metrics):
+def scores(results, metrics):
+    """The table of scores, and what the student gains over its teacher and its control."""
+    done = {stage: result for stage, result in results.items() if metrics[0] in result}
     rows = []
-    for stage, result in results.items():
-        rows.append([stage, *(f"{result[m]:.3f}" for m in metrics), f"{result['seconds']:.0f} s"])
-    for stage in [s for s in results if s.startswith("student")]:
-        for rival in ("teacher", stage.replace("student", "control")):
-            if rival in results:
-                gains = [f"{results[stage][m] - results[rival][m]:+.3f}" for m in metrics]
-                rows.append([f"{stage} − {rival}", *gains, ""])
-    note = (
-        "On the validation set, one seed: how much they vary from seed to seed is unknown. The "
-        "student trains for longer than its teacher: only student − control (--control) speaks for "
-        "or against pseudo-labels."
+    for stage, result in done.items():
+        values = [f"{result[m]:.3f}" if result[m] >= 0 else "-" for m in metrics]  # -1: undefined
+        rows.append([stage, *values, f"{result['seconds']:.0f}"])
+    for stage in done:
+        for base in ("teacher", stage.replace("student", "control")):
+            if stage.startswith("student") and base in done:
+                gains = [f"{done[stage][m] - done[base][m]:+.3f}" for m in metrics]
+                rows.append([f"{stage} − {base}", *gains, ""])
+    return (
+        table(["validation", *metrics, "seconds"], rows) + "<p>Of one seed. Only student − control "
+        "is what pseudo-labels did: student − teacher is longer training, too (see --control)."
     )
-    return table(["", *metrics, ""], rows) + f'<p class="note">{note}</p>'
 
 
-def report(run):
-    """Writes RUN/report.html and the pictures in it -> their paths."""
-    run = Path(run)
-    plan, c = settings_of(run)
-    proc = util.Proc()
-    proc.log.quiet = True
-    log = read_log(run / "log.jsonl")
-    metrics = st.TASKS[c.task].metrics
-    records = {p.parent.name: util.read_stage(p.parent) for p in run.glob("*/stage.json")}
-    finished = {name: r["result"] for name, r in records.items() if "result" in r}
-    scored = {name: finished[name] for name in log if metrics[0] in finished.get(name, {})}
-    config = json.loads((run / "config.json").read_text())
-    page = [
-        f"<h1>{html.escape(run.resolve().name)}</h1>",
-        f"<pre>{html.escape(config['command'])}</pre>",
-    ]
-    page += ["<h2>Scores</h2>", scores_html(scored, metrics) if scored else "<p>None yet.</p>"]
-    colours = {"teacher": NEUTRAL, "student": PSEUDO, "control": HUMAN}
-    losses = []
-    curves = []
-    for name, rows in log.items():
-        colour = colours.get(name.rstrip("0123456789"), NEUTRAL)
-        losses.append((name, colour, [(row["step"], row["loss"]) for row in rows if "loss" in row]))
-        if len(scored.get(name, {}).get("curve", ())) > 1:
-            curves.append((name, colour, scored[name]["curve"]))
-    page += ["<h2>Training</h2>", chart("loss", [row for row in losses if row[2]])]
-    page.append(chart(f"{metrics[0]} on the validation set", curves))
-    pictures = first_batches(run, plan, c, proc)
-    human = st.load(plan, c, proc)[0]
-    for name in sorted(n for n in finished if n.startswith("pseudo")):
-        page.append(f"<h2>Pseudo-labels: {name}</h2>")
-        pictures.append(run / f"{name}_sheet.png")
-        save(pseudo_sheet(run / name, c, human), pictures[-1])
-        page.append(embedded(pictures[-1]))
-        rows = [row for row in finished[name].get("held_out", ()) if row["kept"]]
-        if rows:
-            head = ["threshold", "precision", "recall", "f1", "kept"]
-            page.append(table(head, [[f"{row[k]:.3g}" for k in head] for row in rows]))
-            page.append('<p class="note">On labelled images held out of training.</p>')
-    page.append("<h2>First batches</h2>")
-    for path in pictures:
-        if path.name == "first_batch.png":
-            page += [f"<h3>{path.parent.name}</h3>", embedded(path)]
-    head = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{run.name}</title>'
-    head += f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    text = head + "\n".join(page) + "</html>\n"
-    util.write_atomic(run / "report.html", lambda p: p.write_text(text, encoding="utf-8"))
-    return [run / "report.html", *pictures]
+def smooth(lines):
+    """[(step, mean loss of the lines around)]."""
+    loss = np.array([line["loss"] for line in lines.values()])
+    return [(step, loss[max(i - 5, 0) : i + 6].mean()) for i, step in enumerate(lines)]
+
+
+def chart(title, lines):
+    """Inline SVG of {name: [(x, y)]}, both axes from 0 on; nothing if no line has two points."""
+    if max(map(len, lines.values()), default=0) < 2:
+        return ""
+    left, right, top, bottom = 50, 480, 40, 200
+    xs, ys = np.array([point for points in lines.values() for point in points], float).T
+    width, height = max(xs), np.quantile(ys, 0.98) * 1.1 or 1  # first losses may be far higher
+    svg = [f'<text x="{left}" y="14">{title}</text>']
+    for share in (0, 0.5, 1):
+        x, y = left + share * (right - left), bottom - share * (bottom - top)
+        svg.append(f'<path stroke="#d5dade" d="M{left} {y}H{right}"/>')
+        svg.append(
+            f'<text text-anchor="end" x="{left - 5}" y="{y + 4}">{share * height:.3g}</text>'
+        )
+        svg.append(f'<text text-anchor="middle" x="{x}" y="216">{share * width:.6g}</text>')
+    for k, (name, points) in enumerate(lines.items()):
+        colour = [HUMAN, PSEUDO, GREY, *CLASS_COLOURS][k % 19]
+        x = left + np.array([x for x, _ in points]) / width * (right - left)
+        y = bottom - np.clip([y / height for _, y in points], 0, 1) * (bottom - top)
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in zip(x, y))
+        svg.append(f'<polyline stroke="{colour}" points="{path}"/>')
+        svg.append(f'<text fill="{colour}" x="{left + 80 * k}" y="32">{name}</text>')
+    return '<svg viewBox="0 0 500 224">' + "\n".join(svg) + "</svg>"
+
+
+def pseudo_labels(store, c, human, path):
+    """What the teacher says: how right it is, how much of it is kept, how it looks."""
+    record = util.read_stage(store).get("result")
+    if not record:
+        count = sum(1 for part in answers.answer_parts(store) for _ in open(part))
+        yield f"<p>Not finished: {count} images answered so far."
+        return
+    rows = []
+    for row in record.get("held_out", ()):
+        if row["kept"]:
+            measured = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
+            rows.append([f"{row['threshold']:.2f}", *measured, row["kept"]])
+    if rows:
+        yield "<p>Teacher on labelled images that it was not trained on:"
+        head = ["threshold", "precision", "recall", "F1", "boxes kept"]
+        yield table(head, rows, chosen=f"{record['threshold']:.2f}")
+    try:
+        pseudo, account = st.confident(store, c, human, QUIET)
+    except util.UserError as error:  # too few labels, or of one class
+        yield f"<p>{html.escape(str(error))}"
+        return
+    threshold = account["threshold"]
+    yield f"<p>{len(pseudo)} of {account['images']} images have a label from {threshold:g} on.<p>"
+    tiles = pseudo_tiles(store, threshold, pseudo, human)
+    save_sheet(path, tiles, human.class_names, sure=threshold)
+    yield embedded(path)
 
 
 # ---- other pictures ------------------------------------------------------------------------------
 
 
-def figure(run, path, count=4):
-    """A row of `count` unlabelled images each for all that the teacher answers, what of it becomes
-    pseudo-labels, and what the student answers over the same threshold."""
-    run = Path(run)
-    plan, c = settings_of(run)
-    proc = util.Proc()
-    human = st.load(plan, c, proc)[0]
-    threshold = threshold_of(run / "pseudo", c)
-    pseudo = answers.confident(run / "pseudo", threshold, human)
-    every = answers.confident(run / "pseudo", threshold / 3, human)
-    chosen = np.unique(np.linspace(0, len(pseudo) - 1, count).astype(int))
-    pseudo = pseudo.subset(chosen)
-    every = every.subset([every.ids.tolist().index(i) for i in pseudo.ids.tolist()])
-    net, _ = st.restore(run / "student", proc)
-    how = recipes.answering(c)
-    task = st.TASKS[c.task]
-    found = dict(task.answers(net, pseudo, range(len(pseudo)), c.image_size, proc, **how))
-    tiles = []
-    for i in range(len(pseudo)):
-        tiles.append((*data.read(every, i), f"teacher, over {threshold / 3:.2f}", NEUTRAL))
-    for i in range(len(pseudo)):
-        tiles.append((*data.read(pseudo, i), f"pseudo-labels, over {threshold:.2f}", PSEUDO))
-    for i in range(len(pseudo)):
-        image, _ = data.read(pseudo, i)
-        tiles.append((image, sure(found[i], threshold), "student", HUMAN))
-    picture = sheet(tiles, human.class_names, count)
-    if picture.width > 900:
-        picture = picture.resize((900, round(picture.height * 900 / picture.width)))
-    save(picture, path)
+def figure(run, out, count):
+    """Teacher, pseudo-labels and student on unlabelled images, evenly spread over those with a
+    pseudo-label, as one picture 900 px wide at most."""
+    _, plan, c, human, _ = open_run(run)
+    store = plan.pseudo or Path(run, "pseudo")
+    pseudo, account = st.confident(store, c, human, QUIET)
+    threshold = account["threshold"]
+    low = min(LOW, threshold)
+    teacher = answers.confident(store, low, human)
+    chosen = pseudo.subset(evenly(len(pseudo), count))
+    net, _ = st.restore(Path(run, "student"), QUIET)
+    with tempfile.TemporaryDirectory() as place:
+        found = answers.Answers(place, chosen, QUIET)
+        task = st.TASKS[c.task]
+        how = recipes.answering(c)
+        for i, answer in task.answers(net, chosen, found.missing, c.image_size, QUIET, **how):
+            found.add(i, answer)
+        student = answers.confident(place, threshold, human)
+        pictures = []
+        for i, key in enumerate(chosen.ids):
+            image, _ = data.read(chosen, i)
+            scale = 286 / max(image.size)
+            for images, wanted in ((teacher, key), (pseudo, key), (student, i)):
+                target = data.nothing(0)
+                for at in np.flatnonzero(images.ids == wanted):  # none if nothing is over it
+                    target = images.read(at)[1]
+                drawn = draw_boxes(image, target, human.class_names, scale, threshold, 14)
+                if "image_class" in target:
+                    name = human.class_names[target["image_class"]]
+                    write_names(drawn, [(0, 0, name, ImageColor.getrgb(PSEUDO))], 14)
+                pictures.append(drawn)
+    sheet = grid(pictures, 3, gap=8, top=24)
+    font = ImageFont.load_default(17)
+    titles = (
+        f"teacher: from {low:g} on",
+        f"pseudo-labels: from {threshold:g} on",
+        f"student: from {threshold:g} on",
+    )
+    for k, title in enumerate(titles):
+        x = 8 + k * (sheet.width - 8) // 3
+        ImageDraw.Draw(sheet).text((x, 5), title, fill="black", font=font)
+    save(out, sheet)
 
 
-def sure(answer, threshold):
-    """An answer as the target dict that draw_boxes shows."""
-    if "mask" in answer:
-        mask = np.where(answer["sure"] >= 200 * threshold, answer["mask"], augment.IGNORE)
-        return {**data.nothing(0), "mask": mask.astype(np.uint8)}
-    keep = answer["scores"] >= threshold
-    return {name: answer[name][keep] for name in ("boxes", "labels", "scores")}
+def one_image(image_file, json_file, mask_file):
+    """Images of one: a file with its boxes or its mask, or (None) one of the embedded world."""
+    if not image_file:
+        return data.coco(st.TASKS["det"].root, "train").subset([0])
+    if json_file:
+        images = data.read_coco(json_file, Path(image_file).parent)
+        name = Path(image_file).name
+        rows = [i for i in range(len(images)) if Path(images.path(i)).name == name]
+        need(rows, f"{json_file} lists no image named {name}; give the one that does")
+        return images.subset(rows[:1])
+    images = data.listed(image_file, "--image")
+    if mask_file:
+        masks = data.as_bytes([Path(mask_file).resolve()])
+        images = dataclasses.replace(images, masks=masks, class_names=[""] * augment.IGNORE)
+    return images
 
 
-def augmented(args):
-    """A sheet of one image under S1..S4: a row per policy, a column per draw."""
-    target = {**data.nothing(0)}
-    names = []
-    if args.json:
-        images = data.read_coco(args.json, Path(args.image).parent)
-        at = [i for i in range(len(images)) if Path(images.path(i)).name == Path(args.image).name]
-        need(at, f"{args.json} lists no image named {Path(args.image).name}")
-        image, target = data.read(images, at[0])
-        names = images.class_names
-    elif args.image:
-        image = data.read_image(args.image)
-        if args.mask:
-            target["mask"] = data.read_mask(args.mask, 255)
-    else:
-        images = data.coco("datasets/shapes/det", "train")
-        image, target = data.read(images, args.seed)
-        names = images.class_names
-    size = args.size or min(max(image.size), 384)
+def augment_sheet(out, images):
+    """A row for each policy; a column draws from the same seed in every row."""
+    try:
+        image, target = images.read(0)
+    except data.BadImage as error:
+        raise util.UserError(f"{error}; give another file") from None
+    size = min(max(image.size), 384)
+    plain = augment.fit(image, target, size)[:2]
     tiles = []
     for policy in ("s1", "s2", "s3", "s4"):
         low, high = augment.JITTER[policy]
-        fitted = augment.fit(image, target, size)[:2]
-        tiles.append((*fitted, f"original | {policy}: scale {low} to {high}", NEUTRAL))
-        for k in range(args.draws):  # a column draws from the same seed in every row
-            rng = np.random.default_rng((args.seed, k))
-            out = augment.augment(image, target, policy, size, rng)
-            tiles.append((*out, f"{policy}, draw {k + 1}", HUMAN))
-    return sheet(tiles, names, args.draws + 1)
+        tiles.append((*plain, f"original | {policy}: scale {low} to {high}", GREY))
+        for k in range(DRAWS):
+            rng = np.random.default_rng((0, k))
+            drawn = augment.augment(image, target, policy, size, rng)
+            tiles.append((*drawn, f"{policy}, draw {k + 1}", HUMAN))
+    save_sheet(out, tiles, images.class_names, DRAWS + 1)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that errors are one line
-    )
-    sub = parser.add_subparsers(dest="command", required=True)
-    sub.add_parser("run", usage=argparse.SUPPRESS).add_argument("run")
-    p = sub.add_parser("figure", usage=argparse.SUPPRESS)
-    p.add_argument("run")
-    p.add_argument("--out", default="figure.jpg")
-    p.add_argument("--images", type=int, default=4)
-    p = sub.add_parser("augment", usage=argparse.SUPPRESS)
-    p.add_argument("--image", help="[one of the embedded world's]")
-    p.add_argument("--json", help="COCO annotation file with its boxes")
-    p.add_argument("--mask", help="its index mask")
-    p.add_argument("--size", type=int, help="training canvas [the longer side, 384 at most]")
-    p.add_argument("--draws", type=int, default=6)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="augment.png")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("what", choices=["run", "figure", "augment"])
+    parser.add_argument("run", nargs="?", help="run directory of st.py")
+    parser.add_argument("--out", help="[figure.jpg, augment.png]")
+    parser.add_argument("--images", type=int, default=4, help="of figure [4]")
+    parser.add_argument("--image", help="of augment [one of the embedded world]")
+    parser.add_argument("--json", help="COCO file with the boxes of --image")
+    parser.add_argument("--mask", help="index PNG with the classes of --image")
     args = parser.parse_args(argv)
-    if args.command == "run":
-        print(*report(args.run), sep="\n")
-    elif args.command == "figure":
-        figure(args.run, args.out, args.images)
-        print(args.out)
+    need(args.run or args.what == "augment", f"{args.what} needs a run such as runs/demo")
+    if args.what == "run":
+        written = report(args.run)
+    elif args.what == "figure":
+        written = [args.out or "figure.jpg"]
+        figure(args.run, written[0], args.images)
     else:
-        need(args.image or not (args.json or args.mask), "--json and --mask need --image")
-        try:
-            save(augmented(args), args.out)
-        except data.BadImage as error:
-            raise util.UserError(f"{error}; give another file") from None
-        print(args.out)
+        written = [args.out or "augment.png"]
+        augment_sheet(written[0], one_image(args.image, args.json, args.mask))
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":
