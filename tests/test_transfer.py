@@ -314,11 +314,11 @@ def test_unreadable_images_are_neither_scored_nor_learnt(colours, tmp_path):
 
 
 def test_draws_do_not_depend_on_how_a_folder_is_spelt(colours, monkeypatch):
+    expected = transfer.few_labels(transfer.load(str(colours), 0)["train"], 6, 0)
     monkeypatch.chdir(colours.parent)
-    for name in ("colours", "./colours", "../transfer0/colours"):
-        images = transfer.load(name, 0)["train"]
-        few = transfer.few_labels(images, 6, 0)
-        assert set(few.files) == set(transfer.few_labels(images.subset(range(36)), 6, 0).files)
+    for name in ("colours", "./colours", f"../{colours.parent.name}//colours"):
+        few = transfer.few_labels(transfer.load(name, 0)["train"], 6, 0)
+        assert few.files.tolist() == expected.files.tolist()
 
 
 # ---- MME -----------------------------------------------------------------------------------------
