@@ -1,7 +1,7 @@
 """What a network answers: boxes, masks, classes; the store of answers, and the pseudo-labels in it.
 
-A pseudo-label is a target dict that a teacher wrote. A store keeps all answers above a low floor,
-with their scores; the threshold is applied on reading.
+A pseudo-label is a target dict that a teacher wrote; training does not look at its scores. A store
+keeps all answers above a low floor, with their scores; the threshold is applied on reading.
 """
 
 import heapq
@@ -150,8 +150,8 @@ class Answers:
         self.file = open(part, "a", buffering=1)
 
     def add(self, i, answer):
-        """answer: of eval.py, {"boxes" xyxy, "labels", "scores", "size"}, {"mask", "sure", "size"}
-        or {"label", "score"}; None for an image that could not be read."""
+        """answer: as yielded above, {"boxes" xyxy, "labels", "scores", "size"}, {"mask", "sure",
+        "size"} or {"label", "score"}; None for an image that could not be read."""
         path = os.path.abspath(self.images.path(i))
         row = {"i": i, "file": path}
         if answer is None:
@@ -309,8 +309,8 @@ def precision_recall(scores, correct, total, thresholds):
 
 def audit(pseudo, human, asked):
     """What a threshold left of the answers on `asked` images -> {"images", "kept": images that keep
-    a label, "share" of labels by class, ...}. UserError if that is (almost) nothing, or of one
-    class only: training a student on it is worse than not training one."""
+    a label, "share" of labels by class, ...}. UserError if that is (almost) nothing, or (but
+    for boxes) of one class only: training a student on it is worse than not training one."""
     names = human.class_names
     counts = {"images": asked, "kept": len(pseudo)}
     if human.boxes is not None:

@@ -1,7 +1,7 @@
 """Data: COCO files, PASCAL VOC folders, class folders and lists of images, as one class Images;
 label splits, and batches that do not depend on who loads them.
 
-The target dict, everywhere in this project (numpy until a batch is made, torch after it):
+The target dict, everywhere in this project (in numpy; collate makes tensors of what is trained on):
     boxes  float32 (N, 4)  xyxy in pixels             labels  int64 (N,)  0..K-1, remapped at load
     scores float32 (N,)    1 for human labels         crowd   bool (N,)   COCO's iscrowd
     mask   uint8 (H, W)    class of every pixel, 255 = ignore (segmentation)
@@ -134,7 +134,8 @@ class Images:
         return Images(self.root, self.files, self.ids, self.source)
 
     def digest(self):
-        """A short hash of all that is known of these images, and of what their masks hold."""
+        """A short hash of the names of these images, of all that is known of them, and of what
+        their masks hold; not of their pixels."""
         content = hashlib.sha256(repr((self.class_names, self.certainty)).encode())
         names = ("files", "sizes", "start", "boxes", "labels", "scores", "crowd", "outlines")
         for name in (*names, "places", "image_class"):

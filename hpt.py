@@ -346,7 +346,10 @@ def train(folder, net, images, steps, c, seed, proc):
             optimizer.step()
         values = (proc.sum(values) / proc.world).tolist()  # waits for the device
         finite = math.isfinite(sum(values))
-        need(finite, f"{folder}: loss is not finite at step {step}; lower --lr, or give fp32")
+        need(
+            finite,
+            f"{folder}: loss is not finite at step {step}; lower --lr, or give --precision fp32",
+        )
         if meter.due(step + 1):
             meter.line(step + 1, **readings(net, values, step, c), lr=lr)
         ckpt.notes["values"] = values
@@ -555,7 +558,8 @@ def method(proc, recipe="tiny", **given):
         c.groups = max(c.groups, proc.world)
     known = c.backbone in backbones.NAMES and c.backbone not in backbones.SPINENETS
     need(known, f"--backbone {c.backbone}: give a ResNet or an EfficientNet of backbones.py")
-    positive = min(c.batch, c.groups, c.queue, c.image_size, c.labels, c.lr) > 0 <= c.seed
+    need(c.seed >= 0, "--seed must not be below 0")
+    positive = min(c.batch, c.groups, c.queue, c.image_size, c.labels, c.lr) > 0
     need(positive, "--batch, --groups, --queue, --image-size, --labels, --lr must be above 0")
     need(0 < c.fraction <= 1, f"--fraction {c.fraction:g} must be above 0 and up to 1")
     fits = c.groups % proc.world == 0 == c.batch % c.groups and c.batch >= 2 * c.groups

@@ -293,7 +293,8 @@ def training_inputs(c, parts, steps, start, val, dtype):
     del inputs["eval_every"]
     if "pseudo" not in parts and not start:
         for name in STUDENT:
-            del inputs[name]
+            if "classified" not in parts or name not in ("alpha", "loss_norm"):
+                del inputs[name]
     inputs["init"] = init_digest(c.init)
     for name, (images, count) in parts.items():
         inputs[name] = f"{count} a step of {images.digest()}"

@@ -30,7 +30,7 @@ import recipes
 import util
 from util import flag, need
 
-# A row is a task, a column a verb; each function stands in the file it is named after.
+# A row is a task, a column what is done (and its names); st.py never asks which task it is.
 Task = namedtuple("Task", "load targets losses terms answers score metrics root")
 # fmt: off
 TASKS = {
@@ -63,7 +63,7 @@ def self_train(plan, c, proc):
     results = {}
 
     # 1. A teacher, from human labels alone.
-    teacher = control = out / "teacher"
+    teacher = control = out / "teacher"  # control: the stage that the next control starts from
     if plan.teacher:
         teacher = control = given_teacher(plan.teacher, c, human)
     else:
@@ -79,7 +79,7 @@ def self_train(plan, c, proc):
         suffix = str(k + 1) if k else ""
 
         # 2. Its answers on unlabelled images, without noise; those it is sure of are pseudo-labels.
-        #    A pseudo-label is a target dict like a person's, only that it has scores below 1.
+        #    A pseudo-label is a target dict like a person's. Its scores decide, and weigh nothing.
         store = out / f"pseudo{suffix}"
         if plan.pseudo:
             store = Path(plan.pseudo)
@@ -95,7 +95,8 @@ def self_train(plan, c, proc):
         start = teacher if c.student_init == "teacher" else None
         results[student.name] = train(student, c_student, proc, parts, c.student_steps, start, val)
 
-        # 4. The control: the student's start, steps and images a step, but no pseudo-label ever.
+        # 4. The control: the student's steps and images a step, but no pseudo-label ever. In the
+        #    first round it starts where the student does, then from the control before it.
         #    student - teacher is longer training; only student - control is self-training.
         if plan.control:
             start = control if c.student_init == "teacher" else None
@@ -146,7 +147,8 @@ def fit(net, folder, about, c, proc, parts, steps, val):
     meter = util.Meter(proc.log, folder.name, ckpt.step, steps, images_a_step)
     net.train()
     for step, batch in zip(todo, meter.timed(batches)):
-        torch.manual_seed((seed * 1_000_003 + step) * 1009 + proc.rank)  # for stochastic depth
+        # for stochastic depth and R-CNN's samples, which differ from process to process
+        torch.manual_seed((seed * 1_000_003 + step) * 1009 + proc.rank)
         part = batch["part"]  # (B,) where each image is from
         targets, count = targets_of(batch, net)  # {name: (B, ...)}, (B,) anchors | pixels | images
         # What the loss of an image is divided by: the count of its part in the whole step, so that
@@ -212,7 +214,7 @@ def label(folder, c, proc, teacher, images, held_out):
 
 
 def confident(folder, c, human, proc):
-    """The answers in a store over the threshold, as labelled Images, and what they look like."""
+    """The answers in a store over the threshold, as labelled Images; how many and of what class."""
     record = util.read_stage(folder).get("result", {})
     same = record.get("classes") == human.class_names
     need(same, f"{folder} is no finished store of answers with the classes of the labelled images")
@@ -234,7 +236,7 @@ def lr_at(step, steps, c):
     """The learning rate of a step: a pure function, so a resumed run has no schedule to restore."""
     peak = recipes.scaled_lr(c)
     warmup = min(c.warmup, steps // 10)
-    if step < warmup:  # 1) linear warm-up
+    if step < warmup:  # 1) linear warm-up, of a tenth of the steps at most
         return peak * (c.warmup_from + (1 - c.warmup_from) * step / warmup)
     if c.drops:  # 2) a tenth from each of the drops on
         return peak * 0.1 ** sum(step >= round(drop * steps) for drop in c.drops)
@@ -255,7 +257,7 @@ def stage_seed(seed, folder):
 
 def build(c, classes, joint_classes=0):
     """The network of method c, on the CPU, weights drawn from c.seed. A backbone that starts from
-    given weights stays trainable, batch norm included, as in the paper."""
+    given weights stays trainable, batch norm included (but with --norm frozen), as in the paper."""
     torch.manual_seed(c.seed)
     norm, backbone_norm = c.norm, c.norm
     if c.norm == "frozen":
@@ -379,8 +381,9 @@ class Plan:
     labeled: float = flag(0.2, "fraction of the training images whose labels are used")
     split: str = flag("", "label split by tools.check split, instead of --labeled and --seed")
     train_list: str = flag("train", "seg: list of the training images, e.g. trainaug")
-    # [the training images whose labels are not used; for seg aug, if there is that list]
-    unlabeled: str = flag("", "folder, glob, .txt list, COCO json, or (seg) a list such as aug")
+    unlabeled: str = flag(
+        "", "folder, glob, .txt, COCO json, (seg) list [those without labels, aug]"
+    )
     joint: str = flag("", "joint training: every step also classifies images of DIR/train/CLASS")
     until: str = flag("student", "the last stage", ("teacher", "labels", "student"))
     teacher: str = flag("", "stage folder or checkpoint to take instead of training a teacher")
@@ -409,13 +412,8 @@ def load(plan, c, proc):
             sentence = f"warning: {leaks} unlabelled images are labelled or validation images"
             proc.log.say(f"{sentence}; they are left out")
         need(len(unlabelled), "no unlabelled image is left; give others by --unlabeled")
-    classified = None
-    if plan.joint:
-        proc.first(lambda: data.ensure(plan.joint))
-        classified = data.folder(plan.joint, "train")
-    _, twice = data.without_leaks(human, val)
-    if twice:
-        proc.log.say(f"warning: {twice} labelled images are also validation images")
+    proc.first(lambda: data.ensure(plan.joint))
+    classified = data.folder(plan.joint, "train") if plan.joint else None
     say_data(proc.log, human, held_out, unlabelled, val)
     if proc.rank == 0:
         util.write_json(Path(plan.out, "split.json"), split)
@@ -439,6 +437,9 @@ def say_data(log, human, held_out, unlabelled, val):
         f"{len(human)} labelled images, {len(held_out)} held out, {len(unlabelled or ())} "
         f"unlabelled, {len(val)} for validation; classes {', '.join(human.class_names[:50])}"
     )
+    _, twice = data.without_leaks(human, val)
+    if twice:
+        log.say(f"warning: {twice} labelled images are also validation images")
     for images in (human, val):
         for reason, count in images.dropped.items():
             log.say(f"warning: {count} boxes of {images.source} dropped: {reason}")
@@ -459,16 +460,15 @@ def say_plan(folder, net, c, proc, parts, steps):
 def main(argv=None):
     plan, given, machine = util.parse(__doc__, Plan, recipes.Method, util.Machine, argv=argv)
     plan = Plan(**plan)
-    machine = util.Machine(**machine)
-    proc = util.start(machine)
+    proc = util.start(util.Machine(**machine))
     c = recipes.method(**given)
     check(plan, c, proc)
     out = Path(plan.out)
     proc.first(lambda: util.claim(out))
     proc.log = util.Log(out / "log.jsonl", proc.rank)
     command = {"command": shlex.join(sys.argv), "seed": c.seed}
-    settings = {**command, **dataclasses.asdict(plan), **dataclasses.asdict(c)}
     if proc.rank == 0:
+        settings = {**command, **dataclasses.asdict(plan), **dataclasses.asdict(c)}
         util.write_json(out / "config.json", settings)
     results = self_train(plan, c, proc)
     if proc.rank == 0:
@@ -491,9 +491,8 @@ def check(plan, c, proc):
 
 def print_table(results, metrics):
     print(f"{'':10s}" + "".join(f"{name:>10s}" for name in metrics))
-    for stage, result in results.items():
-        if isinstance(result, dict) and metrics[0] in result:
-            print(f"{stage:10s}" + "".join(f"{result[name]:10.3f}" for name in metrics))
+    for stage in [name for name in results if metrics[0] in results[name]]:
+        print(f"{stage:10s}" + "".join(f"{results[stage][name]:10.3f}" for name in metrics))
 
 
 if __name__ == "__main__":

@@ -323,12 +323,13 @@ def features(backbone, images, pixels, c, proc):
 
 
 def loss_of(logits, labels):
-    """labels (n,): a class each; (n, K): 1 for every class there is. -1, of an image that cannot
-    be read, counts nothing."""
+    """labels (n,): a class each; (n, K): 1 for every class there is; -1: unknown."""
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, ignore_index=-1)
     known = (labels >= 0).float()
-    return F.binary_cross_entropy_with_logits(logits, labels.float(), weight=known)
+    labels = labels.clamp(min=0).float()
+    loss = F.binary_cross_entropy_with_logits(logits, labels, weight=known, reduction="sum")
+    return loss / known.sum().clamp(min=1)
 
 
 def score(logits, labels, names):
