@@ -1,11 +1,11 @@
-# ruff: noqa: E501
-"""Every dataset's real layout, in miniature: exact lists, labels and parts; no test image is pre-trained on; what is malformed is
-named with file and line. Fixtures are written here, in the formats as published."""
+"""tools/datasets.py: every data set's real layout in miniature gives the right lists, labels and
+parts; no test image is pre-trained on; what is malformed is named with file and line."""
 
 import csv
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,608 +13,451 @@ import scipy.io
 from PIL import Image
 
 import data
-from tools import datasets as sources
+from tools import datasets
 from util import UserError, run
 
 
-def picture(path, size=(8, 8), colour=(90, 120, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+def pictures(root, names, size=(8, 6)):
+    for name in names:
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (90, 120, 30)).save(path)
 
 
-def text(path, content):
+def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def in_val(key, share=10):
+def chosen(key, share=10):
+    """Whether the hash of the key picks it out of `share`."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % share == 0
 
 
-def keys(pattern, val, train, share=10):
-    """Names of that pattern, as many as asked for that the hash sends to val and to train."""
-    found = [pattern.format(i) for i in range(1, 400)]
-    return (
-        [k for k in found if in_val(k, share)][:val],
-        [k for k in found if not in_val(k, share)][:train],
-    )
+def names(pattern, val, train, share=10):
+    """So many names of a pattern that the hash sends to val, and so many to train."""
+    candidates = [pattern.format(i) for i in range(1, 400)]
+    apart = [[k for k in candidates if chosen(k, share) == wanted] for wanted in (True, False)]
+    return apart[0][:val] + apart[1][:train]
 
 
-def converted(name, root, out, **more):
-    """The three csv files as {part: {path relative to root: label or {name: 0 or 1}}}, and the names in pretrain.txt; what holds
-    for all of them is checked."""
-    count, found, base = (
-        sources.convert(name, root, out, **more),
-        {},
-        out if name == "xview" else root,
-    )
-    for part in sources.PARTS:
+def convert(name, root, **options):
+    """The csv files as {part: {path relative to root: label, or names of the labels that are 1}}
+    and the names in pretrain.txt; what holds for every data set is checked."""
+    out = root.parent / "out"
+    base = out if name == "xview" else root
+    count = datasets.convert(name, root, out, **options)
+    parts = {}
+    for part in datasets.PARTS:
         with open(out / f"{part}.csv", newline="") as f:
             rows = list(csv.DictReader(f))
-        assert len(rows) == count[part] and all(
-            os.path.isabs(row["path"]) and os.path.exists(row["path"]) for row in rows
-        )
-        found[part] = {
-            os.path.relpath(row.pop("path"), base): row.get("label")
-            or {k: int(v) for k, v in row.items()}
-            for row in rows
-        }
-    images = data.listed(out / "pretrain.txt")
-    pretrain = [images.path(i) for i in range(len(images))]
-    assert sorted(pretrain) == sorted(
-        (out / "pretrain.txt").read_text().split("\n")[:-1]
-    )  # as hpt.py --stage reads it
-    names = {os.path.relpath(p, base) for p in pretrain}
-    assert not names & set(found["test"]) and {*found["train"], *found["val"]} <= names
-    return found, names
+        paths = [row.pop("path") for row in rows]
+        assert len(rows) == count[part] and all(map(os.path.isabs, paths))
+        labels = [row.get("label") or {k for k, v in row.items() if int(v)} for row in rows]
+        parts[part] = {os.path.relpath(path, base): label for path, label in zip(paths, labels)}
+    listed = data.listed(out / "pretrain.txt")  # as hpt.py --stage reads it
+    pretrain = {os.path.relpath(listed.path(i), base) for i in range(len(listed))}
+    assert all((base / name).exists() for name in pretrain | set(parts["test"]))
+    assert parts["train"].keys() | parts["val"].keys() <= pretrain
+    assert not pretrain & parts["test"].keys()
+    return parts, pretrain
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------
+def refused(message, name, root, **options):
+    with pytest.raises(UserError, match=message) as error:
+        datasets.convert(name, root, root.parent / "out", **options)
+    assert "\n" not in str(error.value)
+
+
+# ---- the table and the command line --------------------------------------------------------------
 
 
 def test_the_table_has_the_papers_sixteen():
-    assert len(sources.SOURCES) == 16 and {s.metric for s in sources.SOURCES.values()} == {
-        "top-1",
-        "AUROC",
-    }
-    rows = sources.SOURCES
-    assert {k: s.classes for k, s in rows.items() if s.metric == "AUROC"} == {
-        "xview": 36,
-        "viper": 23,
-        "chexpert": 5,
-        "coco_2014": 80,
-        "pascal": 20,
-    }
-    assert sum(k.startswith("domain_net_") and s.classes == 345 for k, s in rows.items()) == 6
-    assert rows["resisc"].images == 45 * 700 and rows["ucmerced"].images == 1260 + 420 + 420
-    assert (
-        rows["domain_net_clipart"].images == 33525 + 14604
-        and rows["domain_net_sketch"].images == 48212 + 20916
-    )
-    assert (
-        rows["pascal"].images == 5011 + 11540 + 4952 and rows["flowers"].images == 2 * 1020 + 6149
-    )
+    rows = datasets.SOURCES
+    assert len(rows) == 16 and rows.keys() == datasets.PIXELS.keys()
+    several = {name: row.classes for name, row in rows.items() if row.metric == "AUROC"}
+    assert several == dict(xview=36, viper=23, chexpert=5, coco_2014=80, pascal=20)
+    assert sum(name.startswith("domain_net_") and r.classes == 345 for name, r in rows.items()) == 6
+    images = {name: row.images for name, row in rows.items()}
+    assert images["resisc"] == 45 * 700 and images["ucmerced"] == 1260 + 420 + 420
+    assert images["pascal"] == 5011 + 11540 + 4952 and images["flowers"] == 2 * 1020 + 6149
+    assert images["domain_net_clipart"] == 33525 + 14604
+    assert images["domain_net_sketch"] == 48212 + 20916
+    assert datasets.PIXELS["bdd"][0] == (0.2789, 0.2929, 0.2902)
+    assert datasets.PIXELS["resisc"] == datasets.PIXELS["xview"]
+    pixels = np.array(list(datasets.PIXELS.values()))
+    assert pixels.shape == (16, 2, 3) and 0 < pixels.min() < pixels.max() < 1
+    assert len(datasets.XVIEW) == 60 and datasets.XVIEW[86] == "Storage Tank"
+    assert len(datasets.VIPER) == 23 and datasets.VIPER[27] == "truck"
 
 
-def test_without_arguments_the_table_is_printed_and_failures_are_one_line(
-    tmp_path, capsys, monkeypatch
-):
-    sources.main([])
+def test_the_table_is_printed_and_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    datasets.main([])
     shown = capsys.readouterr().out
-    assert (
-        all(f"\n{name} " in shown for name in sources.SOURCES)
-        and "train.csv, valid.csv" in shown
-        and "None" not in shown
-    )
-    for args in (
-        ["flowers", tmp_path, tmp_path / "out"],
+    assert all(f"\n{name} " in shown for name in datasets.SOURCES)
+    assert "train.csv, valid.csv" in shown and "None" not in shown
+    for args in [
+        ["flowers", tmp_path, "out"],
         ["flowers", tmp_path],
-        ["flowers", tmp_path / "gone", tmp_path / "out"],
-        ["xview", tmp_path, tmp_path / "out", "--chip", "0"],
-        ["coco_2014", tmp_path, tmp_path / "out", "--boxes"],
-    ):
-        monkeypatch.setattr("sys.argv", ["sources.py", *map(str, args)])
+        ["flowers", tmp_path / "gone", "out"],
+        ["xview", tmp_path, "out", "--chip", "0"],
+        ["coco_2014", tmp_path, "out", "--boxes"],
+        ["imagenet", tmp_path, "out"],
+    ]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["datasets", *map(str, args)])
         with pytest.raises(SystemExit, match="2"):
-            run(sources.main)
+            run(datasets.main)
         assert capsys.readouterr().err.count("\n") == 1, args
 
 
-# ---- one class an image ------------------------------------------------------------------------------------------
+# ---- one class an image --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, folder, file",
-    [("resisc", "NWPU-RESISC45", "{}_{:03}.jpg"), ("ucmerced", "Images", "{}{:02}.tif")],
+    "name, pattern",
+    [("resisc", "NWPU/{0}/{0}_{1:03}.jpg"), ("ucmerced", "Images/{0}/{0}{1:02}.tif")],
 )
-def test_scene_lists(tmp_path, name, folder, file):
-    classes = ("airplane", "tennis_court" if name == "resisc" else "tenniscourt")
-    files = {
-        part: [(c, file.format(c, 3 * i + k)) for c in classes for i in range(2)]
-        for k, part in enumerate(sources.PARTS)
-    }
-    for some in files.values():
-        for c, f in some:
-            picture(tmp_path / "d" / folder / c / f)
-    for part, some in files.items():
-        text(tmp_path / "d" / f"{part}.txt", "".join(f"{f}\n" for _, f in some))
-    found, pretrain = converted(name, tmp_path / "d", tmp_path / "out")
-    assert found == {
-        part: {f"{folder}/{c}/{f}": c for c, f in some} for part, some in files.items()
-    }
-    assert len(pretrain) == 8
+def test_scene_lists(tmp_path, name, pattern):
+    root = tmp_path / "d"
+    expected = {part: {} for part in datasets.PARTS}
+    for k, part in enumerate(datasets.PARTS):
+        for label in ("airplane", "tennis_court"):
+            expected[part].update({pattern.format(label, 3 * i + k): label for i in range(2)})
+        pictures(root, expected[part])
+        write(root / f"{part}.txt", "".join(f"{os.path.basename(f)}\n" for f in expected[part]))
+    parts, pretrain = convert(name, root)
+    assert parts == expected and len(pretrain) == 8
 
 
 def test_domain_net(tmp_path):
     root = tmp_path / "d"
-    (val,), train = keys("clipart/aircraft_carrier/clipart_001_{:06}.jpg", 1, 2)
-    _, (zebra, other) = keys("clipart/zebra/clipart_344_{:06}.jpg", 0, 2)
-    rows = {"train": [val, *train, zebra], "test": [other]}
-    for part, some in rows.items():
-        text(
-            root / f"clipart_{part}.txt",
-            "".join(f"{f} {0 if 'carrier' in f else 344}\n" for f in some),
-        )
-        for f in some:
-            picture(root / f)
-    found, _ = converted("domain_net_clipart", root, tmp_path / "out")
-    assert found["val"] == {val: "aircraft_carrier"} and found["test"] == {other: "zebra"}
-    assert found["train"] == {
-        train[0]: "aircraft_carrier",
-        train[1]: "aircraft_carrier",
-        zebra: "zebra",
+    carriers = names("clipart/aircraft_carrier/clipart_001_{:06}.jpg", 1, 2)
+    zebras = names("clipart/zebra/clipart_344_{:06}.jpg", 0, 2)
+    pictures(root, carriers + zebras)
+    write(root / "clipart_train.txt", "".join(f"{f} 0\n" for f in carriers) + f"{zebras[0]} 344\n")
+    write(root / "clipart_test.txt", f"{zebras[1]} 344\n")
+    parts, _ = convert("domain_net_clipart", root)
+    assert parts["val"] == {carriers[0]: "aircraft_carrier"} and parts["test"] == {
+        zebras[1]: "zebra"
     }
+    expected = dict.fromkeys(carriers[1:], "aircraft_carrier") | {zebras[0]: "zebra"}
+    assert parts["train"] == expected
 
 
-def test_chest_xray_kids(tmp_path):
-    """Patients stay together, the official val folder joins train."""
+def test_chest_xray_kids_keeps_patients_together_and_joins_val_to_train(tmp_path):
     root = tmp_path / "d"
-    (one,), (other,) = keys("person{}", 1, 1)
-    two = [f"train/PNEUMONIA/{one}_bacteria_1.jpeg", f"train/PNEUMONIA/{one}_virus_2.jpeg"]
-    for f in (
-        *two,
-        f"val/PNEUMONIA/{other}_virus_7.jpeg",
-        "train/NORMAL/IM-0115-0001.jpeg",
-        "test/NORMAL/NORMAL2-IM-0001-0001.jpeg",
-        f"test/PNEUMONIA/{one}_virus_9.jpeg",
-    ):
-        picture(root / f)
-    found, _ = converted("chest_xray_kids", root, tmp_path / "out")
-    assert found["val"] == dict.fromkeys(two, "PNEUMONIA")
-    assert found["train"] == {
-        f"val/PNEUMONIA/{other}_virus_7.jpeg": "PNEUMONIA",
-        "train/NORMAL/IM-0115-0001.jpeg": "NORMAL",
-    }
-    assert len(found["test"]) == 2
-    picture(root / "train/COVID/a.jpeg")
-    with pytest.raises(UserError, match="COVID/a.jpeg: expected images in NORMAL/ and PNEUMONIA/"):
-        sources.convert("chest_xray_kids", root, tmp_path / "out")
+    one, other = names("person{}", 1, 1)
+    val = [f"train/PNEUMONIA/{one}_{kind}.jpeg" for kind in ("bacteria_1", "virus_2")]
+    train = [f"val/PNEUMONIA/{other}_virus_7.jpeg", "train/NORMAL/IM-0115-0001.jpeg"]
+    test = ["test/NORMAL/NORMAL2-IM-0001-0001.jpeg", f"test/PNEUMONIA/{one}_virus_9.jpeg"]
+    pictures(root, val + train + test)
+    parts, _ = convert("chest_xray_kids", root)
+    assert parts["val"] == dict.fromkeys(val, "PNEUMONIA")
+    assert parts["train"] == dict(zip(train, ("PNEUMONIA", "NORMAL")))
+    assert parts["test"] == dict(zip(test, ("NORMAL", "PNEUMONIA")))
+    pictures(root, ["train/COVID/a.jpeg"])
+    refused("COVID/a.jpeg: expected images in NORMAL/ and PNEUMONIA/", "chest_xray_kids", root)
 
 
-def frame(name, weather, labels=()):
+def frame(name, weather, *labels):
     """As in bdd100k_labels_images_train.json."""
-    return {
-        "name": name,
-        "attributes": {"weather": weather, "scene": "city street", "timeofday": "night"},
-        "timestamp": 10000,
-        "labels": list(labels),
-    }
+    about = {"weather": weather, "scene": "city street", "timeofday": "night"}
+    return {"name": name, "attributes": about, "timestamp": 10000, "labels": list(labels)}
 
 
-LANE = {
-    "category": "lane",
-    "attributes": {"laneTypes": "crosswalk"},
-    "poly2d": [{"vertices": [[1, 2], [3, 4]]}],
-    "id": 9,
-}
+def boxed(category, box, **attributes):
+    corners = dict(zip(("x1", "y1", "x2", "y2"), box))
+    about = {"occluded": False, **attributes}
+    return {"category": category, "attributes": about, "id": 1, "box2d": corners}
 
 
-def thing(category, box, **attributes):
-    return {
-        "category": category,
-        "attributes": {"occluded": False, **attributes},
-        "id": 1,
-        "box2d": dict(zip(("x1", "y1", "x2", "y2"), box)),
-    }
+LANE = {"category": "lane", "poly2d": [{"vertices": [[1, 2], [3, 4]]}], "id": 9}
 
 
-def bdd(root):
-    val, train = keys("{:08x}-0a1b2c3d.jpg", 1, 3, 7)
-    rows = {
-        "train": [
-            frame(val[0], "snowy", [LANE, thing("bike", (1, 2, 5, 7.5))]),
-            frame(train[0], "clear"),
-            frame(
-                train[1],
-                "partly cloudy",
-                [thing("other vehicle", (0, 0, 8, 8)), thing("person", (1, 1, 2, 2), crowd=True)],
-            ),
-            frame(train[2], "undefined"),
-        ],
-        "val": [
-            frame(
-                "b1c66a42-6f7d68ca.jpg",
-                "rainy",
-                [thing("traffic sign", (1125.9, 133.1, 1156.9, 210.8))],
-            )
-        ],
-    }
-    for part, frames in rows.items():
-        text(root / f"labels/bdd100k_labels_images_{part}.json", json.dumps(frames, indent=4))
-        for f in frames:
-            picture(root / "images/100k" / part / f["name"])
-    return val, train
+def make_bdd(root):
+    files = names("{:08x}-0a1b2c3d.jpg", 1, 3, 7)
+    vehicle = boxed("other vehicle", (0, 0, 8, 8))
+    crowd = boxed("person", (1, 1, 2, 2), crowd=True)
+    train = [
+        frame(files[0], "snowy", LANE, boxed("bike", (1, 2, 5, 7.5))),
+        frame(files[1], "clear"),
+        frame(files[2], "partly cloudy", vehicle, crowd),
+        frame(files[3], "undefined"),
+    ]
+    sign = boxed("traffic sign", (1125.9, 133.1, 1156.9, 210.8))
+    for part, frames in (("train", train), ("val", [frame("b1c66a42.jpg", "rainy", sign)])):
+        content = json.dumps(frames, indent=4)
+        write(root / f"labels/bdd100k_labels_images_{part}.json", content)
+        pictures(root / f"images/100k/{part}", [row["name"] for row in frames])
+    return files
 
 
 def test_bdd(tmp_path):
     root = tmp_path / "d"
-    val, train = bdd(root)
-    found, pretrain = converted("bdd", root, tmp_path / "out")
-    base = "images/100k/"
-    assert found == {
-        "train": {f"{base}train/{train[0]}": "clear", f"{base}train/{train[1]}": "partly cloudy"},
-        "val": {f"{base}train/{val[0]}": "snowy"},
-        "test": {f"{base}val/b1c66a42-6f7d68ca.jpg": "rainy"},
+    files = [f"images/100k/train/{name}" for name in make_bdd(root)]
+    parts, pretrain = convert("bdd", root)
+    assert parts["val"] == {files[0]: "snowy"}
+    assert parts["train"] == {files[1]: "clear", files[2]: "partly cloudy"}
+    assert parts["test"] == {"images/100k/val/b1c66a42.jpg": "rainy"}
+    assert files[3] in pretrain  # of undefined weather
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float64])
+def test_flowers_are_read_as_scipy_writes_matlabs_format(tmp_path, compressed, kind):
+    root = tmp_path / "d"
+    image = "jpg/image_{:05}.jpg".format
+    pictures(root, map(image, range(1, 6)))
+    labels = {"labels": np.array([[77, 1, 102, 1, 77]], kind)}
+    sets = {"trnid": [[5, 2]], "valid": [[4]], "tstid": [[1, 3]]}
+    sets = {key: np.array(value, kind) for key, value in sets.items()}
+    scipy.io.savemat(root / "imagelabels.mat", labels, do_compression=compressed)
+    scipy.io.savemat(root / "setid.mat", sets, do_compression=compressed)
+    parts, _ = convert("flowers", root)
+    assert parts["train"] == {image(5): "077", image(2): "001"} and parts["val"] == {
+        image(4): "001"
     }
-    assert f"{base}train/{train[2]}" in pretrain  # of undefined weather
-
-
-def test_flowers(tmp_path):
-    """Read as SciPy writes MATLAB's format, compressed or not, of any integer type."""
-    root, labels = tmp_path / "d", np.array([[77, 1, 102, 1, 77]])
-    for i in range(1, 6):
-        picture(root / f"jpg/image_{i:05}.jpg")
-    for compressed, kind in ((True, np.uint8), (False, np.uint16), (True, np.float64)):
-        scipy.io.savemat(
-            root / "imagelabels.mat", {"labels": labels.astype(kind)}, do_compression=compressed
-        )
-        scipy.io.savemat(
-            root / "setid.mat",
-            {
-                "trnid": np.array([[5, 2]], kind),
-                "valid": np.array([[4]], kind),
-                "tstid": np.array([[1, 3]], kind),
-            },
-            do_compression=compressed,
-        )
-        found, _ = converted("flowers", root, tmp_path / "out")
-        assert found == {
-            "train": {"jpg/image_00005.jpg": "077", "jpg/image_00002.jpg": "001"},
-            "val": {"jpg/image_00004.jpg": "001"},
-            "test": {"jpg/image_00001.jpg": "077", "jpg/image_00003.jpg": "102"},
-        }
+    assert parts["test"] == {image(1): "077", image(3): "102"}
     (root / "setid.mat").write_bytes(b"MATLAB 4")
-    with pytest.raises(UserError, match="setid.mat: expected MATLAB 5"):
-        sources.convert("flowers", root, tmp_path / "out")
+    refused("setid.mat: expected MATLAB 5", "flowers", root)
 
 
-# ---- several labels an image -------------------------------------------------------------------------------------
-
-COLUMNS = (
-    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,"
-    "Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
-)
+# ---- several labels an image ---------------------------------------------------------------------
 
 
 def xray(path, **values):
-    """A line of CheXpert's train.csv."""
-    given = {
-        "Path": path,
-        "Sex": "Female",
-        "Age": "68",
-        "Frontal/Lateral": "Frontal",
-        "AP/PA": "AP",
-        **values,
-    }
-    return ",".join(given.get(c, "") for c in COLUMNS.split(","))
+    """A line of CheXpert's csv files."""
+    columns = ["Path", "Sex", "No Finding", *datasets.FINDINGS, "Support Devices"]
+    values = {"Path": f"CheXpert-v1.0-small/{path}", "Sex": "Female", **values}
+    return columns, [values.get(name, "") for name in columns]
+
+
+def write_xrays(path, *rows):
+    lines = [rows[0][0], *(values for _, values in rows)]
+    write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 def test_chexpert(tmp_path):
-    root, every = tmp_path / "CheXpert-v1.0-small", dict.fromkeys(sources.FINDINGS, "1.0")
-    (one,), (other,) = keys("patient{:05}", 1, 1)
-    rows = {
-        "train": [
-            xray(f"CheXpert-v1.0-small/train/{one}/study1/view1_frontal.jpg", **every),
-            xray(f"CheXpert-v1.0-small/train/{other}/study1/view1_frontal.jpg", **every),
-            xray(
-                f"CheXpert-v1.0-small/train/{other}/study2/view1_frontal.jpg",
-                Edema="-1.0",
-                Cardiomegaly="0.0",
-                **{"Pleural Effusion": "1.0", "Pneumothorax": "1.0"},
-            ),
-        ],
-        "valid": [xray("CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg", **every)],
-    }
-    for part, some in rows.items():
-        text(root / f"{part}.csv", "\n".join([COLUMNS, *some]) + "\n")
-        for row in some:
-            picture(tmp_path / row.split(",")[0])
-    found, _ = converted("chexpert", root, tmp_path / "out")
-    ones = dict.fromkeys(sources.FINDINGS, 1)
-    assert found["val"] == {f"train/{one}/study1/view1_frontal.jpg": ones}
-    assert found["test"] == {"valid/patient64541/study1/view1_frontal.jpg": ones}
-    assert found["train"][
-        f"train/{other}/study2/view1_frontal.jpg"
-    ] == {  # uncertain, 0 and empty are 0
-        "Atelectasis": 0,
-        "Cardiomegaly": 0,
-        "Consolidation": 0,
-        "Edema": 0,
-        "Pleural Effusion": 1,
-    }
+    root = tmp_path / "d"
+    one, other = names("patient{:05}", 1, 1)
+    train = [f"train/{p}/view1_frontal.jpg" for p in (f"{one}/study1", f"{other}/study1")]
+    train.append(f"train/{other}/study2/view1_frontal.jpg")
+    test = "valid/patient64541/study1/view1_frontal.jpg"
+    pictures(root, [*train, test])
+    ones = dict.fromkeys(datasets.FINDINGS, "1.0")
+    mixed = {"Edema": "-1.0", "Cardiomegaly": "0.0", "Pleural Effusion": "1.0"}
+    rows = [xray(train[0], **ones), xray(train[1], **ones), xray(train[2], **mixed)]
+    write_xrays(root / "train.csv", *rows)
+    write_xrays(root / "valid.csv", xray(test, **ones))
+    parts, _ = convert("chexpert", root)
+    assert parts["val"] == {train[0]: set(ones)} and parts["test"] == {test: set(ones)}
+    assert parts["train"] == {train[1]: set(ones), train[2]: {"Pleural Effusion"}}
     with pytest.raises(UserError, match="is the data set itself"):
-        sources.convert("chexpert", root, root)  # would overwrite train.csv
-    text(
-        root / "valid.csv", "\n".join([COLUMNS, *rows["valid"], xray("a/b/c/d.jpg", Edema="maybe")])
-    )
-    with pytest.raises(UserError, match=r"valid.csv, line 3: expected .*maybe"):
-        sources.convert("chexpert", root, tmp_path / "out")
+        datasets.convert("chexpert", root, root)  # would overwrite train.csv
+    write_xrays(root / "valid.csv", xray(test, **ones), xray("a/b/c.jpg", Edema="maybe"))
+    refused("valid.csv, line 3: expected .*maybe", "chexpert", root)
 
 
 def test_coco(tmp_path):
-    root, categories = (
-        tmp_path / "d",
-        [{"supercategory": "x", "id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}],
-    )
-    (one,), (other, more) = keys("COCO_train2014_{:012}.jpg", 1, 2)
-    names = {"train": [one, other, more], "val": ["COCO_val2014_000000000042.jpg"]}
-    labels = {"train": [(1, 1), (1, 90), (2, 90), (2, 1), (2, 1)], "val": [(1, 1), (1, 90)]}
-    for part, some in names.items():
-        text(
-            root / f"annotations/instances_{part}2014.json",
-            {
-                "info": {"description": 'not "images": here'},
-                "images": [{"id": i, "file_name": f, "height": 8} for i, f in enumerate(some, 1)],
-                "annotations": [
-                    {"image_id": i, "category_id": c, "iscrowd": 0, "segmentation": [[1.5, 2]]}
-                    for i, c in labels[part]
-                ],
-                "categories": categories,
-            },
-        )
-        for f in some:
-            picture(root / f"{part}2014" / f)
-    found, _ = converted("coco_2014", root, tmp_path / "out")
-    both = {"person": 1, "toothbrush": 1}
-    assert found == {
-        "val": {f"train2014/{one}": both},
-        "test": {f"val2014/{names['val'][0]}": both},
-        "train": {f"train2014/{other}": both, f"train2014/{more}": {"person": 0, "toothbrush": 0}},
+    root = tmp_path / "d"
+    files = names("COCO_train2014_{:012}.jpg", 1, 2)
+    categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+    content = {
+        "train2014": (files, [(1, 1), (1, 90), (2, 90), (2, 1), (2, 1)]),
+        "val2014": (["COCO_val2014_42.jpg"], [(1, 1), (1, 90)]),
     }
-    os.remove(root / "val2014" / names["val"][0])
-    with pytest.raises(
-        UserError, match="instances_val2014.json, images item 1: there is no .*000042.jpg"
-    ):
-        sources.convert("coco_2014", root, tmp_path / "out")
+    for part, (images, labels) in content.items():
+        value = {"info": {"description": 'not "images": here'}}
+        value["images"] = [{"id": i, "file_name": name} for i, name in enumerate(images, 1)]
+        value["annotations"] = [{"image_id": i, "category_id": k} for i, k in labels]
+        value["categories"] = categories
+        write(root / f"annotations/instances_{part}.json", value)
+        pictures(root / part, images)
+    parts, _ = convert("coco_2014", root)
+    both = {"person", "toothbrush"}
+    train = [f"train2014/{name}" for name in files]
+    assert parts["val"] == {train[0]: both} and parts["train"] == {train[1]: both, train[2]: set()}
+    assert parts["test"] == {"val2014/COCO_val2014_42.jpg": both}
+    os.remove(root / "val2014/COCO_val2014_42.jpg")
+    refused("instances_val2014.json, images item 1: there is no .*42.jpg", "coco_2014", root)
 
 
-def xml(*objects):
-    things = "".join(
-        f"<object><name>{name}</name><pose>Left</pose><difficult>{difficult}</difficult><bndbox><xmin>{b[0]}</xmin>"
-        f"<ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox><part><name>head</name></part></object>"
-        for name, difficult, b in objects
-    )
-    return f"<annotation><size><width>8</width><height>6</height><depth>3</depth></size>{things}</annotation>"
+def voc_xml(*objects):
+    text = "<annotation><size><width>8</width><height>6</height></size>"
+    for name, difficult, box in objects:
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), box)
+        inside = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+        text += f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+        text += f"<bndbox>{inside}</bndbox><part><name>head</name></part></object>"
+    return text + "</annotation>"
 
 
-def pascal(root):
-    dog, cat = ("dog", 0, (1, 1, 8, 6)), ("cat", 0, (2, 3, 4.5, 5))
-    (one,), (other,) = keys("VOC2012/JPEGImages/2008_{:06}.jpg", 1, 1)
-    one, other = os.path.basename(one)[:-4], os.path.basename(other)[:-4]
-    for year, part, images in (
-        (2007, "trainval", {"000005": [dog, ("cat", 1, (1, 1, 3, 3))]}),
-        (2007, "test", {"000001": [cat, ("dog", 1, (1, 2, 3, 4)), dog]}),
-        (2012, "trainval", {one: [dog, cat], other: [cat]}),
-    ):
-        text(root / f"VOC{year}/ImageSets/Main/{part}.txt", "\n".join(images) + "\n")
+def make_pascal(root):
+    dog = ("dog", 0, (1, 1, 8, 6))
+    cat = ("cat", 0, (2, 3, 4.5, 5))
+    files = [Path(f).stem for f in names("VOC2012/JPEGImages/2008_{:06}.jpg", 1, 1)]
+    lists = {
+        "VOC2007 trainval": {"000005": [dog, ("cat", 1, (1, 1, 3, 3))]},
+        "VOC2007 test": {"000001": [cat, ("dog", 1, (1, 2, 3, 4)), dog]},
+        "VOC2012 trainval": {files[0]: [dog, cat], files[1]: [cat]},
+    }
+    for place, images in lists.items():
+        year, part = place.split()
+        write(root / year / f"ImageSets/Main/{part}.txt", "\n".join(images) + "\n")
         for name, objects in images.items():
-            text(root / f"VOC{year}/Annotations/{name}.xml", xml(*objects))
-            picture(root / f"VOC{year}/JPEGImages/{name}.jpg", (8, 6))
-    return one, other
+            write(root / year / f"Annotations/{name}.xml", voc_xml(*objects))
+            pictures(root / year / "JPEGImages", [f"{name}.jpg"])
+    return files
 
 
 def test_pascal(tmp_path):
     root = tmp_path / "d"
-    one, other = pascal(root)
-    found, _ = converted("pascal", root, tmp_path / "out")
-    assert found == {
-        "val": {f"VOC2012/JPEGImages/{one}.jpg": {"cat": 1, "dog": 1}},
-        "train": {
-            "VOC2007/JPEGImages/000005.jpg": {"cat": 0, "dog": 1},  # the cat is difficult
-            f"VOC2012/JPEGImages/{other}.jpg": {"cat": 1, "dog": 0},
-        },
-        "test": {"VOC2007/JPEGImages/000001.jpg": {"cat": 1, "dog": 1}},
-    }
-    text(root / f"VOC2012/Annotations/{one}.xml", xml(("unicorn", 0, (1, 1, 2, 2))))
-    with pytest.raises(UserError, match=f"{one}.xml: expected xml with size and objects"):
-        sources.convert("pascal", root, tmp_path / "out")
+    files = make_pascal(root)
+    images = [f"VOC2012/JPEGImages/{name}.jpg" for name in files]
+    parts, _ = convert("pascal", root)
+    assert parts["val"] == {images[0]: {"cat", "dog"}}
+    difficult = {"VOC2007/JPEGImages/000005.jpg": {"dog"}}  # the cat
+    assert parts["train"] == {**difficult, images[1]: {"cat"}}
+    assert parts["test"] == {"VOC2007/JPEGImages/000001.jpg": {"cat", "dog"}}
+    write(root / f"VOC2012/Annotations/{files[0]}.xml", voc_xml(("unicorn", 0, (1, 1, 2, 2))))
+    refused(f"{files[0]}.xml: expected xml with size and objects", "pascal", root)
 
 
 @pytest.mark.parametrize("labels", ["cls", "bb"])
 def test_viper(tmp_path, labels):
     """Sequences stay together; frames without labels are only pre-trained on."""
-    root, things = (
-        tmp_path / "d",
-        {0: (24, 20), 10: (24,), 20: (0, 5)},
-    )  # car and person, car, neither
-    (one,), (other,) = keys("{:03}", 1, 1)
-    for part, sequence in (("train", one), ("train", other), ("val", "001")):
-        for n in (0, 1, 10, 20):
-            picture(root / f"{part}/img/{sequence}/{sequence}_{n:05}.jpg")
-        for n, ids in things.items():
-            file = root / f"{part}/{labels}/{sequence}/{sequence}_{n:05}"
-            text(file.with_suffix(".csv"), "".join(f"{k},7,1.5,2,3,4\n" for k in ids))
-            if labels == "cls":
-                file.with_suffix(".csv").unlink()
-                Image.fromarray(np.array([ids, ids], np.uint8)).save(file.with_suffix(".png"))
-    found, pretrain = converted("viper", root, tmp_path / "out")
-    expected = {
-        0: {"car": 1, "person": 1},
-        10: {"car": 1, "person": 0},
-        20: {"car": 0, "person": 0},
-    }
-    for part, folder in (
-        ("val", f"train/img/{one}"),
-        ("train", f"train/img/{other}"),
-        ("test", "val/img/001"),
+    root = tmp_path / "d"
+    kinds = {0: (24, 20), 10: (24,), 20: (0, 5)}  # car and person, car, neither
+    expected = {0: {"car", "person"}, 10: {"car"}, 20: set()}
+    one, other = names("{:03}", 1, 1)
+    wanted = {}
+    for to, place, sequence in (
+        ("val", "train", one),
+        ("train", "train", other),
+        ("test", "val", "1"),
     ):
-        assert found[part] == {f"{folder}/{folder[-3:]}_{n:05}.jpg": v for n, v in expected.items()}
-    assert len(pretrain) == 8
+        frames = f"{place}/img/{sequence}/{sequence}_{{:05}}.jpg"
+        pictures(root, [frames.format(n) for n in (0, 1, 10, 20)])
+        wanted[to] = {frames.format(n): names_of for n, names_of in expected.items()}
+        for n, numbers in kinds.items():
+            file = root / place / labels / sequence / f"{sequence}_{n:05}.csv"
+            write(file, "".join(f"{k},7,1.5,2,3,4\n" for k in numbers))
+            if labels == "cls":
+                file.unlink()
+                Image.fromarray(np.array([numbers], np.uint8)).save(file.with_suffix(".png"))
+    parts, pretrain = convert("viper", root)
+    assert parts == wanted and len(pretrain) == 8
 
 
 def test_xview(tmp_path):
-    """Chips are cut where they should be, labelled by the centres of boxes, and stay together by image."""
-    root, parts = tmp_path / "d", {}
+    """Chips are cut where they should be, labelled by the centres of boxes, kept together."""
+    root = tmp_path / "d"
+    tiles = {}
     for i in range(200):
-        parts.setdefault(
-            "test" if in_val(f"test/{i}.tif", 5) else "val" if in_val(f"{i}.tif") else "train",
-            f"{i}.tif",
-        )
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [[[0.1, 2]]]},
-            "properties": {
-                "bounds_imcoords": box,
-                "type_id": kind,
-                "image_id": tile,
-                "cat_id": "1040",
-                "feature_id": 3,
-            },
-        }
-        for tile in [*parts.values(), "gone.tif"]
-        for kind, box in ((73, "1,5,5,13"), (18, "6,1,13,3"), (75, "0,0,1,1"))
-    ]
-    features.append(
-        {
-            **features[0],
-            "properties": {**features[0]["properties"], "image_id": parts["train"], "type_id": 94},
-        }
-    )
-    text(
-        root / "xView_train.geojson",
-        {"type": "FeatureCollection", "crs": {"type": "name"}, "features": features},
-    )
-    for tile in parts.values():
-        picture(root / "train_images" / tile, (17, 17), (10, 10, 10))
+        val = "val" if chosen(f"{i}.tif") else "train"
+        tiles.setdefault("test" if chosen(f"test/{i}.tif", 5) else val, f"{i}.tif")
+    features = []
+    for tile in [*tiles.values(), "gone.tif"]:
+        for kind, box in ((73, "1,5,5,13"), (18, "6,1,13,3"), (75, "0,0,1,1")):
+            about = {"bounds_imcoords": box, "type_id": kind, "image_id": tile, "feature_id": 3}
+            features.append({"type": "Feature", "geometry": {"x": [[1]]}, "properties": about})
+    tower = {**features[0]["properties"], "image_id": tiles["train"], "type_id": 94}
+    content = {"type": "FeatureCollection", "features": [*features, {"properties": tower}]}
+    write(root / "xView_train.geojson", content)
+    pictures(root / "train_images", tiles.values(), (17, 17))
+    for tile in tiles.values():
         with Image.open(root / "train_images" / tile) as image:
-            image.paste((200, 200, 200), (8, 0, 16, 8))
+            image.paste((250, 250, 250), (8, 0, 16, 8))
             image.save(root / "train_images" / tile)
-    found, _ = converted("xview", root, tmp_path / "out", chip=8)
-    for part, tile in parts.items():  # Tower, 94, is in one part only
-        labels = {"0_0": (0, 0), "0_1": (0, 1), "1_0": (1, 0), "1_1": (0, 0)}
-        assert found[part] == {
-            f"chips_8/{tile[:-4]}_{k}.jpg": dict(zip(("Building", "Small Car"), v))
-            for k, v in labels.items()
-        }
-        cut = [np.asarray(Image.open(tmp_path / "out" / path)) for path in sorted(found[part])]
-        assert [(c.shape, c.mean() > 100) for c in cut] == [
-            ((8, 8, 3), light) for light in (False, True, False, False)
-        ]
-    text(
-        root / "xView_train.geojson",
-        {"features": [features[0], {"properties": {**features[0]["properties"], "type_id": 14}}]},
+    parts, _ = convert("xview", root, chip=8)
+    for part, tile in tiles.items():  # the tower is in one part only
+        chip = f"chips_8/{tile[:-4]}_{{}}.jpg".format
+        labels = {"0_0": set(), "0_1": {"Small Car"}, "1_0": {"Building"}, "1_1": set()}
+        assert parts[part] == {chip(place): kinds for place, kinds in labels.items()}
+        cut = [np.asarray(Image.open(tmp_path / "out" / chip(place))) for place in labels]
+        assert [c.shape for c in cut] == [(8, 8, 3)] * 4
+        assert [c.mean() > 200 for c in cut] == [False, True, False, False]
+    tower["type_id"] = 14
+    write(root / "xView_train.geojson", {"features": [features[0], {"properties": tower}]})
+    refused(
+        "xView_train.geojson, features item 2: expected image_id, type_id", "xview", root, chip=8
     )
-    with pytest.raises(
-        UserError, match="xView_train.geojson, features item 2: expected image_id, type_id"
-    ):
-        sources.convert("xview", root, tmp_path / "out", chip=8)
 
 
-# ---- what is malformed -------------------------------------------------------------------------------------------
+# ---- what is malformed ---------------------------------------------------------------------------
 
 
 def test_json_lists_are_read_piece_by_piece(tmp_path):
-    """Objects that lie across the borders of what is read at a time, and files that end too early."""
-    rows = [{"n": i, "text": ']} \\" [' * (i * 37 % 1000)} for i in range(2000)]
-    text(tmp_path / "a.json", rows)
-    text(tmp_path / "b.json", {"meta": {"rows": 3}, "rows": rows, "other": [1]})
-    assert (tmp_path / "a.json").stat().st_size > 3 * 2**20
-    assert (
-        [v for _, v in sources.json_items(tmp_path / "a.json")]
-        == [v for _, v in sources.json_items(tmp_path / "b.json", "rows")]
-        == rows
-    )
+    """Objects across the borders of what is read at a time, and files that end too early."""
+    rows = [{"n": i, "text": ']} \\" [' * (i * 37 % 100)} for i in range(200)]
+    write(tmp_path / "a.json", rows)
+    write(tmp_path / "b.json", {"meta": {"rows": 3}, "rows": rows, "other": [1]})
+    for file, key in (("a.json", ""), ("b.json", "rows")):
+        for chunk in (1000, 4099, 2**20):
+            items = datasets.json_items(tmp_path / file, key, chunk)
+            assert [value for _, value in items] == rows
     for content, message in (
-        (json.dumps(rows)[:-1000], "item 2000: broken or cut off"),
+        (json.dumps(rows)[:-100], "item 200: broken or cut off"),
         ('[{"n": 1}, {"n": 2,}]', "item 2: broken"),
         ('{"a": 1}', "holds no json list"),
     ):
-        text(tmp_path / "c.json", content)
+        write(tmp_path / "c.json", content)
         with pytest.raises(UserError, match=message):
-            list(sources.json_items(tmp_path / "c.json"))
+            list(datasets.json_items(tmp_path / "c.json"))
 
 
 def test_malformed_lists_are_named_with_their_line(tmp_path):
-    root, out = tmp_path / "d", tmp_path / "out"
-    for f in ("sketch/cat/a.jpg", "sketch/cat/b.jpg"):
-        picture(root / f)
+    root = tmp_path / "d"
+    pictures(root, ["sketch/cat/a.jpg", "sketch/cat/b.jpg"])
+    write(root / "sketch_test.txt", "sketch/cat/a.jpg 0\n")
     for content, message in (
         (
             "sketch/cat/a.jpg 0\n\nsketch/cat/b.jpg\n",
-            "sketch_train.txt, line 3: expected sketch/CLASS/FILE",
+            "train.txt, line 3: expected sketch/CLASS/FILE",
         ),
-        (
-            "sketch/cat/a.jpg 0\nsketch/cat/gone.jpg 0\n",
-            "sketch_train.txt, line 2: there is no .*gone.jpg",
-        ),
+        ("sketch/cat/b.jpg 0\nsketch/cat/c.jpg 0\n", "train.txt, line 2: there is no .*c.jpg"),
         ("sketch/cat/a.jpg 0\n", "a.jpg is in train and in test; mend the lists"),
+        ("\n", "leaves no labelled image for train and val"),
     ):
-        text(root / "sketch_train.txt", content)
-        text(root / "sketch_test.txt", "sketch/cat/a.jpg 0\n")
-        with pytest.raises(UserError, match=message):
-            sources.convert("domain_net_sketch", root, out)
-    text(root / "sketch_train.txt", "\n")
-    with pytest.raises(UserError, match="leaves no labelled image for train and val"):
-        sources.convert("domain_net_sketch", root, out)
-    assert not list(out.iterdir())  # nothing half done
-    with pytest.raises(UserError, match="there is no .*painting_train.txt"):
-        sources.convert("domain_net_painting", root, out)
+        write(root / "sketch_train.txt", content)
+        refused(message, "domain_net_sketch", root)
+    assert not list((tmp_path / "out").iterdir())  # nothing half done
+    refused("there is no .*painting_train.txt", "domain_net_painting", root)
 
 
-# ---- detection ---------------------------------------------------------------------------------------------------
+# ---- detection -----------------------------------------------------------------------------------
 
 
 def test_voc_boxes_are_cocos(tmp_path):
     root, out = tmp_path / "d", tmp_path / "out"
-    pascal(root)
-    sources.boxes("pascal", root, out)
+    make_pascal(root)
+    datasets.boxes("pascal", root, out)
     train, val = data.coco(out, "train"), data.coco(out, "val")
-    assert not train.dropped and not val.dropped
-    assert (len(train), len(val), len(train.class_names)) == (3, 1, 20) and train.class_names[
-        :2
-    ] == ["aeroplane", "bicycle"]
+    assert (len(train), len(val)) == (3, 1) and train.class_names == data.VOC_CLASSES[1:]
     image, target = train.read(0)
-    assert image.size == (8, 6) and target["boxes"].tolist() == [
-        [0, 0, 8, 6],
-        [0, 0, 3, 3],
-    ]  # from 1 and inclusive, to edges
-    assert [train.class_names[k] for k in target["labels"]] == ["dog", "cat"] and not target[
-        "crowd"
-    ].any()  # difficult too
+    assert image.size == (8, 6)
+    assert target["boxes"].tolist() == [[0, 0, 8, 6], [0, 0, 3, 3]]  # from 1, inclusive -> edges
+    assert [train.class_names[k] for k in target["labels"]] == ["dog", "cat"]
+    assert not target["crowd"].any()  # difficult ones are trained on too
     target = val.read(0)[1]
     assert target["boxes"].tolist() == [[1, 2, 4.5, 5], [0, 1, 3, 4], [0, 0, 8, 6]]
     assert target["crowd"].tolist() == [False, True, False]  # difficult: not scored
+    (tmp_path / "other/images").mkdir(parents=True)
     with pytest.raises(UserError, match="images is there"):
-        (tmp_path / "other/images").mkdir(parents=True)
-        sources.boxes("pascal", root, tmp_path / "other")
+        datasets.boxes("pascal", root, tmp_path / "other")
 
 
 def test_bdd_boxes_are_cocos(tmp_path):
     root, out = tmp_path / "d", tmp_path / "out"
-    val, train = bdd(root)
-    sources.boxes("bdd", root, out)
-    found = data.coco(out, "train")
-    assert not found.dropped
-    targets = {os.path.basename(found.path(i)): found.target(i) for i in range(len(found))}
-    assert set(targets) == {*val, *train} and all(
-        os.path.exists(found.path(i)) for i in range(len(found))
-    )
-    assert targets[val[0]]["boxes"].tolist() == [[1, 2, 5, 7.5]] and targets[val[0]][
-        "crowd"
-    ].tolist() == [False]  # no lane
-    assert [found.class_names[k] for k in targets[val[0]]["labels"]] == ["bicycle"]
-    assert [found.class_names[k] for k in targets[train[1]]["labels"]] == ["car", "pedestrian"]
-    assert targets[train[1]]["crowd"].tolist() == [True, True] and not len(
-        targets[train[0]]["labels"]
-    )
-    assert np.allclose(data.coco(out, "val").target(0)["boxes"], [[1125.9, 133.1, 1156.9, 210.8]])
+    files = make_bdd(root)
+    datasets.boxes("bdd", root, out)
+    train, val = data.coco(out, "train"), data.coco(out, "val")
+    assert all(os.path.exists(train.path(i)) for i in range(len(train)))
+    targets = {os.path.basename(train.path(i)): train.target(i) for i in range(len(train))}
+    assert targets.keys() == set(files)
+    labels = [[train.class_names[k] for k in targets[name]["labels"]] for name in files]
+    assert labels == [["bicycle"], [], ["car", "pedestrian"], []]  # no lane
+    assert targets[files[0]]["boxes"].tolist() == [[1, 2, 5, 7.5]]
+    assert not targets[files[0]]["crowd"].any() and targets[files[2]]["crowd"].all()
+    assert np.allclose(val.target(0)["boxes"], [[1125.9, 133.1, 1156.9, 210.8]])
