@@ -480,8 +480,12 @@ def listed(source, name="--unlabeled"):
     images = {os.path.abspath(p) for p in paths if Path(p).suffix.lower() in SUFFIXES}
     there = any(map(os.path.exists, images))
     need(there, f"no image at {name} {source}; give a folder, a glob, a .txt list or a COCO json")
-    files = as_bytes(sorted(images))
-    return Images("", files, np.arange(len(files)), str(source))
+    return of_paths(sorted(images), source)
+
+
+def of_paths(paths, source):
+    """Images of which nothing is known but where they are."""
+    return Images("", as_bytes(paths), np.arange(len(paths)), str(source))
 
 
 def folder_beside(path):

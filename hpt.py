@@ -38,11 +38,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import augment
@@ -216,13 +214,13 @@ class MoCo(nn.Module):
 
     def keys(self, images, step):
         """Keys of the whole batch, (N, D) in its order, each computed within a random group."""
-        images = gathered(images, self.proc)
+        images = self.proc.cat(images)
         # drawn on the device: a copy would wait for it
         generator = torch.Generator(images.device).manual_seed(self.seed * 1_000_003 + step)
         order = torch.randperm(len(images), generator=generator, device=images.device)
         share = images[order.chunk(self.proc.world)[self.proc.rank]]
         share = share.contiguous(memory_format=torch.channels_last)
-        return gathered(in_groups(self.key, share, self.groups), self.proc)[order.argsort()]
+        return self.proc.cat(in_groups(self.key, share, self.groups))[order.argsort()]
 
     def chance(self, batch):
         return math.log(1 + self.queue.shape[1])
@@ -242,7 +240,7 @@ class SimCLR(nn.Module):
         times the processes, since DDP averages."""
         z = []
         for share in self.query(views.flatten(0, 1)).chunk(2):  # (B, D)
-            shares = list(gathered(share.detach(), self.proc).chunk(self.proc.world))
+            shares = list(self.proc.cat(share.detach()).chunk(self.proc.world))
             shares[self.proc.rank] = share
             z += shares
         z = torch.cat(z)  # (2N, D)
@@ -291,15 +289,6 @@ def in_groups(net, images, groups):
     return torch.cat(outputs)
 
 
-def gathered(x, proc):
-    """(B, ...) -> (N, ...) of all processes, in their order, without gradient."""
-    if proc.world == 1:
-        return x
-    shares = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(proc.world)]
-    dist.all_gather(shares, x.contiguous())
-    return torch.cat(shares)
-
-
 def norms(net):
     return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
@@ -327,7 +316,7 @@ def train(folder, net, images, steps, c, seed, proc):
     )
     parts = {"model": net, "optimizer": optimizer}
     ckpt = util.Checkpoint(folder, proc, before=lambda: average_statistics(net, proc), **parts)
-    model = wrap(net, proc) if trained else net
+    model = proc.wrap(net, sync=False) if trained else net
     count = 1 if isinstance(net, Statistics) else 2
     todo = range(ckpt.step, steps)
     meter = util.Meter(proc.log, folder.name, ckpt.step, steps, c.batch)
@@ -356,17 +345,6 @@ def train(folder, net, images, steps, c, seed, proc):
         ckpt.step_done(steps)
     notes, seconds = ckpt.close()
     return notes["values"], seconds
-
-
-def wrap(net, proc):
-    """DDP. Running statistics stay each process's own until a checkpoint averages them."""
-    if proc.world == 1:
-        return net
-    devices = [proc.device.index] if proc.device.type == "cuda" else None
-    model = DistributedDataParallel(net, device_ids=devices)
-    # as an argument it is deprecated, and its successor is not in every release
-    model.broadcast_buffers = False
-    return model
 
 
 def average_statistics(net, proc):
@@ -442,25 +420,21 @@ def images_of(source):
     pretrain.txt that says which."""
     data.ensure(source)
     lists = transfer.has_lists(source)
-    ending = ".csv" if lists else ""
-    there = [p for p in ("train", "val", "test") if os.path.exists(f"{source}/{p}{ending}")]
-    parts = []
-    if "train" in there:
-        parts = ["train"]
-        if "test" in there and "val" in there:
-            parts = ["train", "val"]
     if lists and os.path.exists(f"{source}/pretrain.txt"):
         return data.listed(f"{source}/pretrain.txt", "--stage")
+    ending = ".csv" if lists else ""
+    there = [p for p in ("train", "val", "test") if os.path.exists(f"{source}/{p}{ending}")]
+    if "train" not in there:
+        return data.listed(source, "--stage")
+    parts = [p for p in there if p == "train" or (p == "val" and "test" in there)]
     if lists:
         sets = [transfer.read_csv(source, part) for part in parts]
-        paths = sorted({path for images in sets for path in transfer.paths_of(images)})
-    elif parts:
-        sets = [data.listed(f"{source}/{part}", "--stage") for part in parts]
-        paths = [path for images in sets for path in transfer.paths_of(images)]
-    else:
-        return data.listed(source, "--stage")
-    files = data.as_bytes([os.fsdecode(path) for path in paths])
-    return data.Images("", files, np.arange(len(files)), str(source))
+        return data.of_paths(sorted(set(paths_in(sets))), source)
+    return data.of_paths(paths_in(data.listed(f"{source}/{p}", "--stage") for p in parts), source)
+
+
+def paths_in(sets):
+    return [images.path(i) for images in sets for i in range(len(images))]
 
 
 def parse(text):

@@ -762,5 +762,5 @@ def mme(out, backbone, weights, sets, c, proc):
 
 def joined(a, b):
     """The images of two sets, without labels."""
-    files = data.as_bytes([os.fsdecode(path) for path in paths_of(a) + paths_of(b)])
-    return data.Images("", files, np.arange(len(files)), f"{a.source} and {b.source}")
+    paths = [os.fsdecode(path) for path in paths_of(a) + paths_of(b)]
+    return data.of_paths(paths, f"{a.source} and {b.source}")

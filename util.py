@@ -266,14 +266,29 @@ class Proc:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def wrap(self, net):
-        """DDP; on GPUs with synchronised batch norm (PyTorch has none for the CPU)."""
+    def cat(self, tensor):
+        """(B, ...) of every process -> (N, ...) on all of them, in their order, no gradient."""
+        if self.world == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        shares = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(shares, tensor)
+        return torch.cat(shares)
+
+    def wrap(self, net, sync=True):
+        """DDP. sync: batch norm is synchronised on GPUs (PyTorch has none for the CPU); else its
+        running statistics stay each process's own."""
         if self.world == 1:
             return net
-        if self.device.type == "cpu":
-            return DistributedDataParallel(net)
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return DistributedDataParallel(net, device_ids=[self.device.index])
+        devices = None
+        if self.device.type == "cuda":
+            devices = [self.device.index]
+            if sync:
+                net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        model = DistributedDataParallel(net, device_ids=devices)
+        if not sync:  # as an argument it is deprecated, and its successor is not in every release
+            model.broadcast_buffers = False
+        return model
 
     def no_sync(self, model, last):
         """For all pieces of a step but the last: gradients are exchanged once."""

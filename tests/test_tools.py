@@ -85,6 +85,19 @@ def test_masks_become_index_files_of_the_images_size(voc_root, tmp_path):
         assert mask.shape == data.read_mask(voc_root / "SegmentationClass" / path.name, 3).shape
         seen |= set(np.unique(mask).tolist())
     assert seen >= {0, 255}  # some pixels are under the threshold
+    with pytest.raises(util.UserError, match="other settings"):  # scales are averaged as in st.py
+        predict.main([*argv, "--threshold", "0.6", "--tta-free", *FP32])
+    argv[-1] = str(tmp_path / "plain")
+    predict.main([*argv, "--threshold", "0.6", "--tta-free", *FP32])
+    images = data.listed(str(voc_root / "JPEGImages/val_*.png"))
+    net, about = st.restore(network, util.Proc())
+    size = about["config"]["image_size"]
+    evaluated = dict(answers.masks(net, images, range(len(images)), size, util.Proc()))
+    rows = list(answers.read_answers(tmp_path / "plain"))
+    assert len(rows) == 8
+    for row in rows:
+        stored = np.asarray(Image.open(tmp_path / "plain/masks" / row["mask"]))
+        assert (stored[..., 0] == evaluated[row["i"]]["mask"]).all()
 
 
 def test_classes_become_a_table(class_root, tmp_path):
@@ -140,6 +153,8 @@ def test_what_predict_cannot_use_is_one_sentence(detector, coco_root, tmp_path):
         predict.main(["--out", "x"])
     with pytest.raises(util.UserError, match="--out is missing"):
         predict.main([str(detector), images])
+    with pytest.raises(util.UserError, match="--threshold 50"):
+        predict.main([str(detector), images, "--out", "x", "--threshold", "50"])
     with pytest.raises(util.UserError, match="is a run of st.py"):
         predict.main([str(detector), images, "--out", str(detector.parent)])
     with pytest.raises(util.UserError, match="holds no checkpoint"):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+import util
 from tools import shapes
 
 SMALL = {"train": 30, "val": 12}
@@ -196,6 +197,8 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
     (tmp_path / "det" / "holiday.jpg").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="world.json"):
         shapes.build(tmp_path, "det", {"train": 1, "val": 1})
+    with pytest.raises(util.UserError, match="cannot draw .*world.json"):
+        shapes.main([str(tmp_path)])
     assert (tmp_path / "det" / "holiday.jpg").read_bytes() == b"mine"
 
 

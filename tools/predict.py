@@ -44,21 +44,25 @@ class Plan:
 
     out: str = flag("", "folder of the answers")
     threshold: float = flag(None, "least score of a label [the checkpoint's; for auto 0.5]")
+    tta_free: bool = flag(False, "masks: of one scale and not mirrored, as in evaluation; faster")
 
 
 # ---- networks ------------------------------------------------------------------------------------
 
 
-def open_network(path, images, threshold, proc):
+def open_network(path, images, threshold, proc, tta_free=False):
     state = torchvision_state(path)
     if state:
-        return torchvision_detector(state, images, threshold or 0.5, proc)
+        threshold = 0.5 if threshold is None else threshold
+        return torchvision_detector(state, images, threshold, proc)
     net, about = st.restore(path, proc)
     c = recipes.Method(**about["config"])
     if threshold is None:
         threshold = 0.5 if c.threshold == "auto" else float(c.threshold)
     c.threshold = str(threshold)
     how = recipes.answering(c)
+    if tta_free and c.task == "seg":
+        how = {"scales": (1.0,), "flip": False}
     inputs = {**how, **recipes.labelling_inputs(c, net, images, None, proc.dtype)}
     answers_of = st.TASKS[c.task].answers
 
@@ -191,11 +195,13 @@ def main(argv=None):
     plan = Plan(**plan)
     out = Path(plan.out)
     need(plan.out, "--out is missing: a folder for the answers")
+    least = plan.threshold or 0
+    need(0 <= least < 1, f"--threshold {least:g}: give a number from 0 up to and without 1")
     need(not (out / "config.json").exists(), f"{out} is a run of st.py; give another --out")
     proc = util.start(util.Machine(**machine))
     proc.first(lambda: util.claim(out))
     images = data.listed(paths[1], "IMAGES")
-    network = open_network(paths[0], images, plan.threshold, proc)
+    network = open_network(paths[0], images, plan.threshold, proc, plan.tta_free)
     if not proc.first(lambda: util.finished(out, network.inputs)):
         store = answers.Answers(out, images, proc)
         meter = util.Meter(proc.log, out.name, 0, len(store.missing), proc.world)

@@ -25,6 +25,7 @@ An image is a function of (seed, split, index) alone; another Pillow or numpy re
 pixels. Not imitated: long-tailed class frequencies, crowds, annotation errors.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -33,6 +34,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from util import UserError, run
 
 VERSION = 3  # raise it with any change that alters an image: caches are then drawn afresh
 SEED = 2020
@@ -575,13 +578,21 @@ def save_mask(mask, path):
     image.save(path, "PNG")
 
 
-def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m tools.shapes ROOT")
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that errors are one line
+    )
+    parser.add_argument("root", help="folder to draw the parts in, such as datasets/shapes")
+    root = parser.parse_args(argv).root
     for part in PARTS:
-        folder = build(sys.argv[1], part)
+        try:
+            folder = build(root, part)
+        except OSError as error:  # a folder that is not ours, no rights, a full disk
+            raise UserError(f"cannot draw the embedded world in {root}: {error}") from None
         print(f"{folder}: {present(folder)['sizes']}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
