@@ -275,8 +275,8 @@ class Statistics(nn.Module):
 
 def in_groups(net, images, groups):
     """net on each group of the images by itself, as on so many processes. Running statistics move
-    once, to the groups' mean. (One forward over a reshaped batch reads better, and takes 1.6 times
-    as long on a CPU: it has to leave channels_last.)"""
+    once, to the groups' mean. (One forward over a batch reshaped to (B/g, g C, H, W) is slower on a
+    CPU: it has to leave channels_last.)"""
     momenta = [(norm, norm.momentum) for norm in norms(net)]
     outputs = []
     for k, part in enumerate(images.chunk(groups)):
