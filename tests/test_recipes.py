@@ -282,3 +282,14 @@ def test_another_threshold_asks_for_the_same_answers_unless_it_is_below_the_floo
     how = recipes.answering(method("seg-tiny", threshold="0.3", flip=True))
     assert how == {"scales": (0.5, 0.75, 1, 1.25, 1.5, 1.75), "flip": True}  # the paper's
     assert not recipes.answering(method("cls-tiny"))
+
+
+def test_a_teacher_depends_on_alpha_only_in_joint_training(voc_root, class_root):
+    images, classified = data.voc(voc_root, "train"), data.folder(class_root, "train")
+    c = recipes.method("seg-tiny")
+    parts = {"human": (images, 4)}
+    alone = recipes.training_inputs(c, parts, 1, None, images, torch.float32)
+    assert not {"alpha", "loss_norm", "threshold", "student_steps"} & set(alone)
+    parts["classified"] = (classified, 4)
+    joint = recipes.training_inputs(c, parts, 1, None, images, torch.float32)
+    assert {"alpha", "loss_norm"} <= set(joint) and "threshold" not in joint
