@@ -215,17 +215,18 @@ def label(folder, c, proc, teacher, images, held_out):
 
 def confident(folder, c, human, proc):
     """The answers in a store over the threshold, as labelled Images; how many and of what class."""
-    record = util.read_stage(folder).get("result", {})
+    stage = util.read_stage(folder)
+    record = stage.get("result", {})
     same = record.get("classes") == human.class_names
     need(same, f"{folder} is no finished store of answers with the classes of the labelled images")
     threshold = record.get("threshold") if c.threshold == "auto" else float(c.threshold)
     need(threshold is not None, f"{folder} has no threshold chosen by auto; give --threshold")
+    floor = stage["inputs"].get("floor", 0.0)
+    need(threshold >= floor, f"{folder} holds no answers under {floor:g}: raise --threshold")
     pseudo = answers.confident(folder, threshold, human)
     account = {"threshold": threshold, **answers.audit(pseudo, human, record["images"])}
-    proc.log.say(
-        f"{folder}: threshold {threshold:g} keeps labels on {len(pseudo)} of "
-        f"{record['images']} images, the others are left out"
-    )
+    kept = f"labels on {len(pseudo)} of {record['images']} images"
+    proc.log.say(f"{folder}: threshold {threshold:g} keeps {kept}, the others are left out")
     usual = answers.shares(human)
     for name, share in sorted(account["share"].items(), key=lambda row: -row[1])[:20]:
         proc.log.say(f"  {share:6.1%} {name} (of human labels {usual[name]:.1%})")

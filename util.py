@@ -139,7 +139,6 @@ class Log:
         self.file = None
         self.tensorboard = None
         self.line_open = False
-        self.said = set()
         if path and not self.quiet:
             self.file = open(path, "a", buffering=1)
             if importlib.util.find_spec("tensorboard"):
@@ -147,10 +146,9 @@ class Log:
 
                 self.tensorboard = SummaryWriter(str(Path(path).parent / "tensorboard"))
 
-    def say(self, text, once=False):
-        if self.quiet or (once and text in self.said):
+    def say(self, text):
+        if self.quiet:
             return
-        self.said.add(text)
         print(("\n" if self.line_open else "") + text, flush=True)
         self.line_open = False
 

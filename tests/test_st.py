@@ -605,3 +605,12 @@ def test_restored_networks_answer_as_trained_ones(whole, roots):
     right = np.mean([answer["label"] == val.image_class[i] for i, answer in pairs])
     assert right == pytest.approx(results_of(whole["cls"])["student"]["accuracy"])
     assert isinstance(st.restore(whole["det"] / "teacher", util.Proc())[0], models.RetinaNet)
+
+
+def test_a_threshold_under_the_floor_of_a_store_is_refused(coco_root, tmp_path):
+    human = data.coco(coco_root, "train")
+    result = {"images": 1, "classes": human.class_names}
+    util.finish(tmp_path, {"floor": 0.05}, result)
+    c = recipes.method("tiny", threshold="0.01")
+    with pytest.raises(util.UserError, match="holds no answers under 0.05: raise --threshold"):
+        st.confident(tmp_path, c, human, util.Proc())

@@ -41,7 +41,8 @@ DRAWS = 5  # of each policy
 LOW = 0.15  # score from which the figure shows the teacher's answers
 QUIET = util.Proc(log=util.Log(rank=1))
 STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 1090px; margin: 2em auto } img { max-width: 100% }
+body { font: 15px/1.5 sans-serif; max-width: 1090px; margin: 2em auto; padding: 0 8px }
+img, svg { max-width: 100% } pre { overflow-wrap: anywhere }
 td, th { padding: .15em .8em; text-align: right; border-bottom: 1px solid #e6e9ec }
 tr > :first-child { text-align: left } table { border-collapse: collapse }
 .chosen { background: #fdeede } svg { width: 500px; font: 12px sans-serif }
